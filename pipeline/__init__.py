@@ -1,0 +1,1 @@
+"""Corpus jobs: sources to scores, selection, tiles and WebDataset shards."""

@@ -1,0 +1,165 @@
+"""Runs a job's units on Ray: bounded in flight, repaired when a worker or a node dies.
+
+Only units and outcomes travel through Ray, a few hundred bytes each; workers read and write storage
+themselves. Plain tasks rather than a Ray Data pipeline, because a unit that takes its worker down must be
+told apart from a node that was lost (the first is repeated row by row in isolation, the second just
+repeated), and because a job must stop early when its source is rotten.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from .jobs import Job, Outcome, Unit
+
+ATTEMPTS = 5
+FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+
+
+class JobStopped(RuntimeError):
+    """A job ended before all its units were done; what was finished is kept."""
+
+
+@dataclass
+class Totals:
+    """Sums over the outcomes of a job."""
+
+    units: int = 0
+    rows: int = 0
+    failed: int = 0
+    reused: int = 0
+    bytes: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    restarts: int = 0               # units repeated because a worker or node died
+
+    def add(self, outcome: Outcome) -> None:
+        self.units += 1
+        self.rows += outcome.rows
+        self.failed += outcome.failed
+        self.reused += outcome.reused
+        self.bytes += outcome.bytes
+        for name, count in outcome.errors.items():
+            self.errors[name] = self.errors.get(name, 0) + count
+
+
+class Cluster:
+    """Ray, started when the first unit needs it: this machine, or the cluster at `address`."""
+
+    def __init__(self, address: str | None = None, workers: int | None = None):
+        self.address = address or os.environ.get("RAY_ADDRESS")
+        self.workers = workers
+
+    def start(self) -> None:
+        import ray
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.address:
+            forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+            ray.init(address=self.address, runtime_env={"env_vars": forwarded} if forwarded else None, **options)
+        else:
+            ray.init(address="local", num_cpus=self.workers, include_dashboard=False, **options)
+
+    def stop(self) -> None:
+        if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+            sys.modules["ray"].shutdown()
+
+    def call(self, function: Callable, *arguments: object, num_cpus: float = 1) -> object:
+        """One function with all of a worker's memory to itself: for steps that see the whole corpus."""
+        import ray
+        self.start()
+        task = ray.remote(function).options(num_cpus=num_cpus, max_retries=3)
+        return unwrapped(lambda: ray.get(task.remote(*arguments)))
+
+    def run(self, job: Job, units: list[Unit], max_error_rate: float = 1.0,
+            watch: Callable[[Totals], None] = lambda totals: None) -> Totals:
+        """Runs units until all are done.
+
+        Raises:
+            JobStopped: more than `max_error_rate` of the rows failed (judged from 100 rows on), or a unit
+                could not be done in five attempts.
+            WorkspaceError: the workspace could not be written.
+        """
+        totals, started = Totals(), time.perf_counter()
+        if not units:
+            return totals
+        self.start()
+        for outcome in self._outcomes(job, units, totals):
+            totals.add(outcome)
+            totals.seconds = time.perf_counter() - started
+            watch(totals)
+            refuse_rotten(job, totals, max_error_rate)
+        return totals
+
+    def _outcomes(self, job: Job, units: list[Unit], totals: Totals) -> Iterator[Outcome]:
+        import ray
+        work = ray.remote(_work).options(num_cpus=job.num_cpus, num_gpus=job.num_gpus, max_retries=0)
+        waiting = list(reversed(units))
+        attempts: dict[str, int] = {}
+        flying: dict = {}
+        try:
+            while waiting or flying:
+                while waiting and len(flying) < self._width(job):
+                    unit = waiting.pop()
+                    isolate = attempts.get(unit.key, 0) >= 2
+                    flying[work.remote(job, unit, isolate)] = unit
+                done, _ = ray.wait(list(flying), timeout=1.0)
+                for reference in done:
+                    unit = flying.pop(reference)
+                    try:
+                        yield unwrapped(lambda reference=reference: ray.get(reference))
+                    except ray.exceptions.RayError as error:
+                        self._again(job, unit, error, attempts, waiting)
+                        totals.restarts += 1
+        finally:
+            for reference in flying:
+                ray.cancel(reference, force=True)
+
+    def _width(self, job: Job) -> int:
+        """Twice as many units in flight as the cluster can run now, so that no worker waits for the driver."""
+        import ray
+        have = ray.cluster_resources()
+        slots = have.get("CPU", 1) / job.num_cpus if job.num_cpus else 1e9
+        if job.num_gpus:
+            slots = min(slots, have.get("GPU", 0) / job.num_gpus)
+        return max(2, int(2 * slots))
+
+    def _again(self, job: Job, unit: Unit, error: Exception, attempts: dict, waiting: list) -> None:
+        """A worker or node died: repeat the unit, from the second time on row by row in isolation."""
+        attempts[unit.key] = attempts.get(unit.key, 0) + 1
+        if attempts[unit.key] >= ATTEMPTS:
+            raise JobStopped(f"{job.name}: unit {unit.key} took its worker down {ATTEMPTS} times, in isolation"
+                             f" too ({type(error).__name__}). Is there enough memory for each worker? "
+                             "`--workers` runs fewer at once.") from error
+        waiting.append(unit)
+
+
+def _work(job: Job, unit: Unit, isolate: bool) -> Outcome:
+    import cv2
+    cv2.setNumThreads(1)        # one core per worker: Ray counts them
+    return job.run(unit, isolate)
+
+
+def unwrapped(get: Callable[[], object]) -> object:
+    """A task's result; an exception of our own code comes out as itself, without Ray's wrapping."""
+    import ray
+    try:
+        return get()
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
+        raise cause from None
+
+
+def refuse_rotten(job: Job, totals: Totals, max_error_rate: float) -> None:
+    if totals.rows >= 100 and totals.failed > max_error_rate * totals.rows:
+        worst = max(totals.errors, key=totals.errors.get)
+        raise JobStopped(
+            f"{job.name} stopped: {totals.failed} of {totals.rows} rows failed, mostly {worst!r}, which is more "
+            f"than max_error_rate = {max_error_rate:g}. Look into quarantine/{job.name}; when the source is "
+            f"mended, run the same command with --retry-errors.")

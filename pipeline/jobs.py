@@ -1,0 +1,267 @@
+"""What a job is: pending units in, immutable parts out.
+
+A unit is the work on one input part. `RowJob` does it row by row: a row that fails becomes a row of the
+quarantine, rows that an earlier part holds already are taken over, and the part is written at the end.
+Nothing here knows of Ray: `pipeline.cluster` sends units to workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from .isolation import Isolated, RowCrashed
+from .storage import WorkspaceError
+from .tables import Part, Table, digest, rows_of
+
+
+class RowTimeout(Exception):
+    """One row took longer than it may."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work on one input part: small, plain, and the same whenever it is asked for."""
+
+    key: str
+    rows: int
+    inputs: str                     # digest that the output part will carry
+    parts: dict[str, Part] = field(default_factory=dict)
+    first: int | None = None        # only so many rows (`--limit`)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a unit."""
+
+    key: str
+    rows: int                       # done now
+    failed: int = 0                 # of them now in the quarantine
+    reused: int = 0                 # taken over from an earlier part
+    bytes: int = 0                  # written or read, as the job counts
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+class Job(ABC):
+    """A stage of the corpus. Instances are small and travel to the workers."""
+
+    name: str
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+    @abstractmethod
+    def pending(self) -> list[Unit]:
+        """The units that are not done, from listings alone."""
+
+    @abstractmethod
+    def run(self, unit: Unit, isolate: bool = False) -> Outcome:
+        """Does one unit in a worker. `isolate`: each row in a process of its own, for rows that crash."""
+
+    @abstractmethod
+    def rehearse(self, unit: Unit, rows: int) -> int:
+        """Does at most `rows` rows without writing anything; returns how many, for the dry run's estimate."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Removes what a killed run left; called once by the holder of the workspace."""
+
+
+class RowJob(Job):
+    """A job that turns each row of an input part into one row of the output part with the same key."""
+
+    input: Table
+    output: Table
+    quarantine: Table
+    settings: dict
+    row_timeout_s: float = 120.0
+    retry_errors: bool = False
+
+    @abstractmethod
+    def rows(self, unit: Unit) -> Iterable[dict]:
+        """The input rows of a unit, in order; each has `ref` and `name`."""
+
+    @abstractmethod
+    def process(self, row: dict) -> dict:
+        """One output row (with `ref`). Any exception puts the row into the quarantine."""
+
+    def inputs(self) -> Iterator[tuple[str, dict[str, Part]]]:
+        """Per key the parts that a unit reads; their contents decide whether its output is up to date."""
+        for key, part in sorted(self.input.parts().items()):
+            yield key, {"input": part}
+
+    def settings_digest(self) -> str:
+        return digest(self.name, self.settings)
+
+    def pending(self) -> list[Unit]:
+        done, failed = self.output.parts(), self.quarantine.parts() if self.retry_errors else {}
+        settings, units = self.settings_digest(), []
+        for key, parts in self.inputs():
+            expected = digest(settings, sorted((name, part.content) for name, part in parts.items()))
+            if key in done and done[key].inputs == expected and key not in failed:
+                continue
+            units.append(Unit(key, rows_of(key), expected, parts))
+        return units
+
+    def tidy(self) -> None:
+        self.output.tidy()
+        self.quarantine.tidy()
+
+    def rehearse(self, unit: Unit, rows: int) -> int:
+        taken = list(islice(self.rows(unit), rows))
+        for row in taken:
+            with contextlib.suppress(Exception):
+                self.process(row)
+        return len(taken)
+
+    def run(self, unit: Unit, isolate: bool = False) -> Outcome:
+        rows = list(islice(self.rows(unit), unit.first))
+        earlier = self._earlier(unit)
+        known = {row["ref"]: row for row in earlier.rows}
+        refused = {} if self.retry_errors else {row["ref"]: row for row in earlier.failed}
+        good, bad, fresh = [], [], 0
+        with self._runner(isolate) as call:
+            for row in rows:
+                if row["ref"] in known:
+                    good.append(known[row["ref"]])
+                elif row["ref"] in refused:
+                    bad.append(refused[row["ref"]])
+                else:
+                    fresh += 1
+                    result, failure = attempt(call, row, self.name)
+                    good.extend([result] if result else [])
+                    bad.extend([failure] if failure else [])
+        self._write(unit, good, bad, earlier)
+        new_failures = [row for row in bad if row["ref"] not in refused]
+        return Outcome(unit.key, fresh, len(new_failures), len(rows) - fresh, 0, tally(new_failures))
+
+    def _earlier(self, unit: Unit) -> Earlier:
+        """What an older part of the same key holds, if it was made with the same settings."""
+        part, failures = self.output.parts().get(unit.key), self.quarantine.parts().get(unit.key)
+        same = part is not None and self.output.metadata(part).get("settings") == self.settings_digest()
+        kept = (failures is not None
+                and self.quarantine.metadata(failures).get("settings") == self.settings_digest())
+        return Earlier(part, failures, self.output.read(part).to_pylist() if same else [],
+                       self.quarantine.read(failures).to_pylist() if kept else [])
+
+    def _write(self, unit: Unit, good: list[dict], bad: list[dict], earlier: Earlier) -> None:
+        # The quarantine goes first: once the output part exists, the unit counts as done.
+        inputs = unit.inputs if unit.first is None else digest(unit.inputs, unit.first)
+        settings = self.settings_digest()
+        if bad:
+            self.quarantine.write(unit.key, inputs, bad, replaces=earlier.failed_part, settings=settings)
+        self.output.write(unit.key, inputs, good, content=self.content(good), replaces=earlier.part,
+                          settings=settings)
+        if earlier.failed_part is not None and not bad:
+            self.quarantine.folder.delete(earlier.failed_part.file)
+
+    def content(self, rows: list[dict]) -> str | None:
+        """The CONTENT digest of a part, where less than all columns matters downstream."""
+        return None
+
+    @contextlib.contextmanager
+    def _runner(self, isolate: bool) -> Iterator[Callable[[dict], dict]]:
+        if isolate:
+            with Isolated(self.process, self.row_timeout_s) as call:
+                yield call
+        else:
+            yield lambda row: timed(self.process, row, self.row_timeout_s)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    part: Part | None
+    failed_part: Part | None
+    rows: list[dict]
+    failed: list[dict]
+
+
+def attempt(call: Callable[[dict], dict], row: dict, stage: str) -> tuple[dict | None, dict | None]:
+    """(result, None), or (None, quarantine row) if the call raised."""
+    try:
+        return call(row), None
+    except WorkspaceError:
+        raise
+    except Exception as error:
+        return None, {"ref": row["ref"], "name": row.get("name"), "stage": stage,
+                      "error": error_class(error), "message": f"{error}"[:500]}
+
+
+def error_class(error: BaseException) -> str:
+    """The short class of an error for the quarantine table and the report."""
+    for kind, name in ((RowTimeout, "timeout"), (RowCrashed, "crashed"), (FileNotFoundError, "not_found"),
+                       (PermissionError, "permission"), (IsADirectoryError, "is_a_folder"),
+                       (EOFError, "truncated"), (MemoryError, "out_of_memory")):
+        if isinstance(error, kind):
+            return name
+    return getattr(error, "reason", None) if isinstance(getattr(error, "reason", None), str) \
+        else type(error).__name__
+
+
+def tally(failures: list[dict]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in failures:
+        counts[row["error"]] = counts.get(row["error"], 0) + 1
+    return counts
+
+
+def timed(process: Callable[[dict], dict], row: dict, limit_s: float) -> dict:
+    """Calls `process` with a time limit.
+
+    A signal interrupts Python code. A decoder that hangs in C does not see it: then the process ends
+    itself half as long again after the limit, and the unit is repeated in isolation.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return process(row)
+
+    def interrupt(*_: object) -> None:
+        raise RowTimeout(f"took longer than {limit_s:g} seconds")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    faulthandler.dump_traceback_later(1.5 * limit_s, exit=True)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        return process(row)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, previous)
+
+
+def limited(units: list[Unit], limit: int | None) -> list[Unit]:
+    """The first units that make up `limit` rows; the last one is cut."""
+    if limit is None:
+        return units
+    taken: list[Unit] = []
+    for unit in units:
+        if limit <= 0:
+            break
+        taken.append(unit if unit.rows <= limit else replace(unit, first=limit))
+        limit -= unit.rows
+    return taken
+
+
+@dataclass
+class Estimate:
+    """What a dry run says."""
+
+    units: int
+    rows: int
+    sampled: int
+    seconds_per_row: float | None
+
+
+def estimate(job: Job, units: list[Unit], sample: int = 8) -> Estimate:
+    """Times a few rows, spread over the pending units, without writing anything."""
+    picked = units[:: max(1, len(units) // 4)][:4]
+    done, started = 0, time.perf_counter()
+    for unit in picked:
+        done += job.rehearse(unit, max(1, sample // len(picked)))
+    seconds = (time.perf_counter() - started) / done if done else None
+    return Estimate(len(units), sum(unit.rows for unit in units), done, seconds)

@@ -1,0 +1,143 @@
+"""Select: one query over the tables decides what is kept; no image is touched and no row is thrown away."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from . import scores
+from .config import ConfigError, Corpus, Range
+from .dedup import duplicates
+from .ingest import sources
+from .jobs import Job, Outcome, Unit
+from .query import cut, database
+from .score import metric_table, scores_table
+from .storage import Folder
+from .tables import SELECTION, Part, Table, digest, rows_of
+
+# Ranges of facts that hold unless `select.facts` says otherwise; docs/scores.md shows on what they were judged.
+DEFAULTS: dict[str, Range] = {}
+
+
+def selection(workspace: Folder) -> Table:
+    return Table(workspace / "selection", SELECTION)
+
+
+def rules(corpus: Corpus) -> dict[str, str]:
+    """Name of each rule and the SQL condition of being kept, in the order in which they are asked.
+
+    Raises:
+        ConfigError: a range for a fact or metric that does not exist.
+    """
+    config = corpus.select
+    found = {"too_small": f"least(width, height) >= {config.min_side}",
+             "aspect": f"greatest(width, height) <= {config.max_aspect} * least(width, height)"}
+    if not config.keep_grey:
+        found["grey"] = "not grey"
+    known = [fact.name for fact in scores.FACTS]
+    for name, limits in (DEFAULTS | config.facts).items():
+        _must_exist(name, known, "select.facts")
+        found |= _range(name, f'"{name}"', limits)
+    configured = [metric.name for metric in corpus.score.metrics]
+    for name, limits in config.metrics.items():
+        _must_exist(name, configured, "select.metrics")
+        found |= _range(name, f'metric_{name}."value"', limits)
+    return found | config.where
+
+
+def _must_exist(name: str, known: list[str], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known) or 'none'}"
+        raise ConfigError(f"{where}: {name!r} is not computed; {hint}")
+
+
+def _range(name: str, column: str, limits: Range) -> dict[str, str]:
+    low = {f"{name}_low": f"{column} >= {limits.min}"} if limits.min is not None else {}
+    high = {f"{name}_high": f"{column} <= {limits.max}"} if limits.max is not None else {}
+    return low | high
+
+
+def query(corpus: Corpus) -> str:
+    """The selection as SQL over scores, sources, duplicates and the metrics: one row per scored image.
+
+    The first rule that fails gives the reason. Of a cluster of duplicates the best image that passes all
+    rules is kept, so that a rejected image never takes its good copy along. Copies with equal bytes always
+    go, near ones unless `keep_near_duplicates`.
+    """
+    cases = "\n".join(f"when not coalesce({sql}, true) then '{name.replace(chr(39), '')}'"
+                      for name, sql in rules(corpus).items())
+    joins = "\n".join(f'left join metric_{m.name} on metric_{m.name}.ref = scores.ref'
+                      for m in corpus.score.metrics)
+    copies = "kind = 'exact'" if corpus.select.keep_near_duplicates else "true"
+    return f"""
+        with newest as (
+            select uri, "offset", arg_max(ref, modified) as ref from sources where modified is not null
+            group by all having count(*) > 1),
+        outdated as (
+            select sources.ref from sources join newest on sources.uri = newest.uri
+            and sources."offset" is not distinct from newest."offset" and sources.ref != newest.ref),
+        judged as (
+            select scores.ref, scores.uid, part, "group", cluster, duplicates.rank, duplicates.kind,
+            case when outdated.ref is not null then 'replaced' {cases} end as reason
+            from scores join sources on sources.ref = scores.ref
+            left join outdated on outdated.ref = scores.ref
+            left join duplicates on duplicates.ref = scores.ref {joins}),
+        best as (
+            select cluster, min(rank) as rank from judged where reason is null and cluster is not null
+            group by cluster)
+        select ref, uid, part, "group", final is null as kept, final as reason from (
+            select judged.*, coalesce(reason, case when judged.rank > best.rank and {copies} then 'duplicate' end)
+            as final from judged left join best on best.cluster = judged.cluster)"""
+
+
+@dataclass
+class SelectJob(Job):
+    """One query for the whole corpus; its result is cut along the parts of the scores."""
+
+    workspace: Folder
+    corpus: Corpus
+    name = "select"
+
+    def tables(self) -> dict[str, Table]:
+        metrics = {f"metric_{m.name}": metric_table(self.workspace, m.name) for m in self.corpus.score.metrics}
+        return {"scores": scores_table(self.workspace), "sources": sources(self.workspace),
+                "duplicates": duplicates(self.workspace)} | metrics
+
+    def pending(self) -> list[Unit]:
+        contents = {name: sorted((k, p.content) for k, p in table.parts().items())
+                    for name, table in self.tables().items()}
+        if not contents["scores"]:
+            return []
+        expected, done = digest(query(self.corpus), contents), selection(self.workspace).parts()
+        missing = [key for key, _ in contents["scores"] if key not in done or done[key].inputs != expected]
+        return [Unit("all", sum(map(rows_of, missing)), expected)] if missing else []
+
+    def tidy(self) -> None:
+        selection(self.workspace).tidy()
+
+    def rehearse(self, unit: Unit, rows: int) -> int:
+        return 0
+
+    def run(self, unit: Unit, isolate: bool = False) -> Outcome:
+        table, keys = selection(self.workspace), set(scores_table(self.workspace).parts())
+        done, written = table.parts(), 0
+        with database(**{name: t.dataset() for name, t in self.tables().items()}) as db:
+            stream = db.sql(f"select * from ({query(self.corpus)}) order by part, ref")
+            for key, rows in cut(stream.to_arrow_reader(10_000), "part"):
+                written += len(rows)
+                _write(table, key, unit.inputs, rows, done.get(key))
+                keys.discard(key)
+        for key in keys:        # parts of which every row is in the quarantine
+            _write(table, key, unit.inputs, SELECTION.empty_table(), done.get(key))
+        return Outcome(unit.key, written)
+
+
+def _write(table: Table, key: str, inputs: str, rows: pa.Table, earlier: Part | None) -> None:
+    if earlier is not None and earlier.inputs == inputs:
+        return
+    kept = [ref for ref, keep in zip(rows["ref"].to_pylist(), rows["kept"].to_pylist(), strict=True) if keep]
+    # Later jobs depend on what is kept and not on the reasons of the rest.
+    table.write(key, inputs, rows.select(SELECTION.names), content=digest(sorted(kept)), replaces=earlier)

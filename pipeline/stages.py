@@ -1,0 +1,174 @@
+"""The stages of a corpus in their order, and one way to run any of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from . import scores
+from .cluster import Cluster, Totals
+from .config import ConfigError, Corpus
+from .dedup import DedupJob
+from .fetch import FetchJob
+from .ingest import Ingested, ingest
+from .jobs import Estimate, Job, estimate, limited
+from .manifest import publish
+from .metrics import missing
+from .plan import PlanJob
+from .score import MetricJob, ScoreJob
+from .selection import SelectJob, rules
+from .shards import CORPUS, ShardJob
+from .storage import Folder
+from .tile import TileJob
+
+
+class Show:
+    """How a run shows itself; this one is silent. `pipeline.commands` has the one for terminals."""
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+
+    def begin(self, job: Job, rows: int) -> None:
+        """A job starts."""
+
+    def advance(self, totals: Totals) -> None:
+        """A unit ended."""
+
+    def end(self) -> None:
+        """The job ended, well or not."""
+
+
+@dataclass
+class Session:
+    """One command on one workspace."""
+
+    workspace: Folder
+    corpus: Corpus
+    cluster: Cluster
+    show: Show = field(default_factory=Show)
+    limit: int | None = None
+    dry_run: bool = False
+    retry_errors: bool = False
+    rewrite: tuple[str, ...] = ()
+    max_error_rate: float | None = None
+
+    def run(self, job: Job) -> Totals | Estimate:
+        """Runs what is pending of a job, or says what that would take."""
+        if self.dry_run:
+            return self._rehearse(job)
+        job.tidy()
+        units = limited(job.pending(), self.limit)
+        if not units:
+            self.show.say(f"{job.name}: nothing to do")
+            return Totals()
+        self.show.begin(job, sum(unit.first or unit.rows for unit in units))
+        allowed = self.corpus.max_error_rate if self.max_error_rate is None else self.max_error_rate
+        try:
+            totals = self.cluster.run(job, units, allowed, self.show.advance)
+        finally:
+            self.show.end()
+        self.show.say(f"{job.name}: {summary(totals)}")
+        return totals
+
+    def _rehearse(self, job: Job) -> Estimate:
+        units = limited(job.pending(), self.limit)
+        expected = estimate(job, units)
+        if not units:
+            self.show.say(f"{job.name}: nothing to do")
+        elif expected.seconds_per_row is None:
+            self.show.say(f"{job.name}: {expected.rows} rows pending")
+        else:
+            total = expected.seconds_per_row * expected.rows
+            self.show.say(f"{job.name}: {expected.rows} rows pending in {expected.units} units; {expected.sampled} "
+                          f"took {1e3 * expected.seconds_per_row:.0f} ms each, so about {duration(total)} of one core")
+        return expected
+
+
+def run_ingest(session: Session) -> None:
+    """New references, and the bytes of those that lie behind URLs or in tables."""
+    started = time.perf_counter()
+    found: Ingested = ingest(session.workspace, session.corpus, session.limit, write=not session.dry_run)
+    problems = f", {found.problems} places could not be listed" if found.problems else ""
+    session.show.say(f"ingest: {found.listed} listed, {found.new} new, {found.to_fetch} of them to fetch{problems} "
+                     f"({time.perf_counter() - started:.1f} s)")
+    session.run(FetchJob(session.workspace, session.corpus.fetch, session.retry_errors))
+
+
+def run_score(session: Session) -> None:
+    """The facts, then each configured metric.
+
+    Raises:
+        ConfigError: a metric cannot run; says which package or file it wants.
+    """
+    config = session.corpus.score
+    for metric in config.metrics:
+        if metric.name in {fact.name for fact in scores.FACTS}:
+            raise ConfigError(f"score.metrics: {metric.name!r} is the name of a built-in fact; choose another")
+        if lacking := missing(metric):
+            raise ConfigError(f"score.metrics: {metric.name}: {lacking}")
+    session.run(ScoreJob(session.workspace, config, session.retry_errors))
+    for metric in config.metrics:
+        session.run(MetricJob(session.workspace, config, metric, session.retry_errors))
+
+
+def run_dedup(session: Session) -> None:
+    session.run(DedupJob(session.workspace, session.corpus.dedup))
+
+
+def run_select(session: Session) -> None:
+    rules(session.corpus)       # names that do not exist are refused before anything starts
+    session.run(SelectJob(session.workspace, session.corpus))
+
+
+def run_tile(session: Session) -> None:
+    session.run(TileJob(session.workspace, session.corpus, session.retry_errors))
+
+
+def run_shard(session: Session) -> None:
+    """The plan, the tars, and when all are there the manifest and `corpus.json`."""
+    session.run(PlanJob(session.workspace, session.corpus))
+    job = ShardJob(session.workspace, session.corpus, session.rewrite)
+    folder = session.workspace / "shards"
+    pending = job.pending()
+    if pending and not session.dry_run:
+        folder.delete(CORPUS)       # it vouches for indexes that are about to change
+    session.run(job)
+    if session.dry_run or folder.exists(CORPUS):
+        return
+    left = len(job.pending())
+    if left:
+        session.show.say(f"shard: {left} shards are still pending; manifest and corpus.json follow with the last")
+        return
+    totals = publish(session.workspace, session.corpus)
+    for group, counts in sorted(totals["groups"].items()):
+        session.show.say(f"corpus: {group}: {counts['samples']} samples in {counts['shards']} shards, "
+                         f"{counts['bytes'] / 1e6:.1f} MB")
+
+
+STAGES: dict[str, Callable[[Session], None]] = {
+    "ingest": run_ingest, "score": run_score, "dedup": run_dedup, "select": run_select, "tile": run_tile,
+    "shard": run_shard,
+}
+
+
+def summary(totals: Totals) -> str:
+    """One line: how many, how fast, what failed."""
+    rate = totals.rows / totals.seconds if totals.seconds else 0.0
+    text = f"{totals.rows} rows in {duration(totals.seconds)} ({rate:.1f}/s)"
+    if totals.reused:
+        text += f", {totals.reused} already known"
+    if totals.failed:
+        worst = sorted(totals.errors.items(), key=lambda item: -item[1])
+        text += f", {totals.failed} in quarantine (" + ", ".join(f"{name} {count}" for name, count in worst[:4])
+        text += ", …)" if len(worst) > 4 else ")"
+    if totals.restarts:
+        text += f", {totals.restarts} units repeated after a worker died"
+    return text
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
