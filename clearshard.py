@@ -3,11 +3,13 @@
 import typer
 
 from pipeline import commands as pipeline_commands
+from pipeline.demo import demo
 from pipeline.doctor import doctor
 
 app = typer.Typer(help="Raw photographs in, trained image restorers out.", no_args_is_help=True,
                   add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)
 app.command()(doctor)
+app.command()(demo)
 pipeline_commands.register(app)
 
 

@@ -86,10 +86,11 @@ class Cluster:
                 could not be done in five attempts.
             WorkspaceError: the workspace could not be written.
         """
-        totals, started = Totals(), time.perf_counter()
+        totals = Totals()
         if not units:
             return totals
         self.start()
+        started = time.perf_counter()
         for outcome in self._outcomes(job, units, totals):
             totals.add(outcome)
             totals.seconds = time.perf_counter() - started

@@ -86,7 +86,7 @@ def ingest(workspace: Folder, corpus: Corpus, limit: int | None = None, write: b
             for index, (table, fetched) in enumerate(((known, "false"), (waiting, "true"))):
                 query = f"""from '{staged}' semi join fresh using (position)
                             where (cell is not null or uri similar to 'https?://.*') = {fetched}"""
-                counts[index] = db.execute(f"select count(*) {query}").fetchone()[0]
+                counts[index] = db.sql(f"select count(*) {query}").fetchall()[0][0]
                 if write and counts[index]:
                     reader = db.sql(f"select * exclude (position) {query} order by position")
                     _cut(table, reader.to_arrow_reader(LARGEST_PART), counts[index],

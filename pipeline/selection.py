@@ -36,15 +36,24 @@ def rules(corpus: Corpus) -> dict[str, str]:
              "aspect": f"greatest(width, height) <= {config.max_aspect} * least(width, height)"}
     if not config.keep_grey:
         found["grey"] = "not grey"
-    known = [fact.name for fact in scores.FACTS]
-    for name, limits in (DEFAULTS | config.facts).items():
-        _must_exist(name, known, "select.facts")
-        found |= _range(name, f'"{name}"', limits)
-    configured = [metric.name for metric in corpus.score.metrics]
-    for name, limits in config.metrics.items():
-        _must_exist(name, configured, "select.metrics")
-        found |= _range(name, f'metric_{name}."value"', limits)
+    for name, limits in ranges(corpus).items():
+        column = f'metric_{name}."value"' if name in config.metrics else f'"{name}"'
+        found |= _range(name, column, limits)
     return found | config.where
+
+
+def ranges(corpus: Corpus) -> dict[str, Range]:
+    """The range of each fact and metric that has one: the defaults, and over them what is configured.
+
+    Raises:
+        ConfigError: a name that no fact or metric has.
+    """
+    config = corpus.select
+    for name in config.facts:
+        _must_exist(name, [fact.name for fact in scores.FACTS], "select.facts")
+    for name in config.metrics:
+        _must_exist(name, [metric.name for metric in corpus.score.metrics], "select.metrics")
+    return DEFAULTS | config.facts | config.metrics
 
 
 def _must_exist(name: str, known: list[str], where: str) -> None:

@@ -1,0 +1,120 @@
+"""Near-duplicate search at corpus size: time, memory and recall, with faiss's multi-index hashing as reference.
+
+    python benchmarks/near_duplicates.py [--count 20000000] [--distance 4]
+
+The hashes are random, with 5% planted copies at 0 to `distance` flipped bits and 1% identical ones. Pairs are
+searched between distinct hashes: the identical ones alone are 2e10 pairs. Clusters take all hashes; their column
+"pairs" counts members that are not kept. Peak memory is that of the whole process so far.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.near import clusters, near_pairs
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+ROW = "{:<26}{:>12}{:>5}{:>10}{:>17}{:>9}{:>9}{:>10}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--count", type=int, default=20_000_000, help="hashes")
+    options.add_argument("--distance", type=int, default=4, help="bits, 0 to 16")
+    options.add_argument("--reference-count", type=int, default=500_000, help="hashes given to faiss too")
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--mirrored", action="store_true", help="clusters also match mirrored hashes")
+    chosen = options.parse_args()
+    r, threads, rng = chosen.distance, chosen.threads, np.random.default_rng(0)
+    print(ROW.format("search", "count", "r", "pairs", "planted", "wall s", "CPU s", "peak GB"))
+    report_search("near_pairs", chosen.count, r, rng, lambda hashes: found_by_near_pairs(hashes, r, threads))
+    report_clusters(chosen.count, r, threads, chosen.mirrored, rng)
+    if faiss is None:
+        print("faiss is not installed: no reference. `uv pip install faiss-cpu` adds it")
+        return
+    faiss.omp_set_num_threads(threads)
+    count = min(chosen.count, chosen.reference_count)
+    own = report_search("near_pairs", count, r, rng, lambda hashes: found_by_near_pairs(hashes, r, threads))
+    name = f"faiss {faiss.__version__} MultiHash"
+    reference = report_search(name, count, r, rng, lambda hashes: found_by_faiss(hashes, r))
+    print(f"near_pairs is {reference / own:.1f} times as fast as faiss at {count} hashes")
+
+
+def planted_hashes(count: int, r: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random hashes (count,) uint64 whose last rows are copies; the rows of each original and of its copy."""
+    hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
+    hashes[: count // 100] = hashes[:1]
+    copy = np.arange(count - count // 20, count)
+    original = rng.integers(0, count - copy.size, copy.size)
+    hashes[copy] = hashes[original]
+    flips = rng.integers(0, r + 1, copy.size)
+    for flip in range(r):
+        bit = np.uint64(1) << rng.integers(0, 64, copy.size, dtype=np.uint64)
+        hashes[copy] ^= np.where(flip < flips, bit, np.uint64(0))
+    return hashes, original, copy
+
+
+def found_by_near_pairs(distinct: np.ndarray, r: int, threads: int) -> np.ndarray:
+    return np.concatenate([[0][:0], *(i << 32 | j for i, j, _ in near_pairs(distinct, r, threads=threads))])
+
+
+def found_by_faiss(distinct: np.ndarray, r: int) -> np.ndarray:
+    """With 3 hashes of 21 bits one of them differs in at most r // 3 bits: the setting is exact."""
+    index = faiss.IndexBinaryMultiHash(64, 3, 21)
+    index.nflip = r // 3
+    codes = distinct.view(np.uint8).reshape(-1, 8)
+    index.add(codes)
+    found = []
+    for start in range(0, len(codes), 100_000):
+        limits, _, j = index.range_search(codes[start : start + 100_000], r + 1)   # strictly below the radius
+        i = np.repeat(np.arange(start, start + limits.size - 1), np.diff(limits).astype(np.int64))
+        found.append((i << 32 | j)[i < j])
+    return np.concatenate(found)
+
+
+def report_search(
+    name: str, count: int, r: int, rng: np.random.Generator, search: Callable[[np.ndarray], np.ndarray]
+) -> float:
+    hashes, original, copy = planted_hashes(count, r, rng)
+    distinct = np.sort(hashes)
+    distinct = distinct[np.append(True, distinct[1:] != distinct[:-1])]
+    clock = time.perf_counter(), time.process_time()
+    found = np.sort(search(distinct))
+    show = time.perf_counter() - clock[0], time.process_time() - clock[1]
+    i, j = np.sort([np.searchsorted(distinct, hashes[original]), np.searchsorted(distinct, hashes[copy])], axis=0)
+    recalled = int(np.isin(i << 32 | j, found).sum() + (i == j).sum())
+    print(ROW.format(name, count, r, found.size, f"{recalled}/{copy.size}", *map("{:.1f}".format, show), peak()))
+    if recalled < copy.size:
+        sys.exit(f"{name} missed {copy.size - recalled} planted pairs")
+    return show[0]
+
+
+def report_clusters(count: int, r: int, threads: int, mirrored: bool, rng: np.random.Generator) -> None:
+    """Members instead of pairs; a planted copy counts as found when it and its original are not both kept."""
+    hashes, original, copy = planted_hashes(count, r, rng)
+    mirrors = rng.integers(0, 2**64, count, dtype=np.uint64) if mirrored else None
+    rank = rng.permutation(count)
+    clock = time.perf_counter(), time.process_time()
+    result = clusters(hashes, rank, r, mirrored=mirrors, threads=threads)
+    show = time.perf_counter() - clock[0], time.process_time() - clock[1]
+    recalled = int((~(result.keeper[original] & result.keeper[copy])).sum())
+    members, name = int((~result.keeper).sum()), "clusters, mirrored" if mirrored else "clusters"
+    print(ROW.format(name, count, r, members, f"{recalled}/{copy.size}", *map("{:.1f}".format, show), peak()))
+    if recalled < copy.size or int(result.distance.max()) > r:
+        sys.exit("clusters kept both ends of a planted pair, or has a member too far from its keeper")
+
+
+def peak() -> str:
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"   # Linux counts KiB
+
+
+if __name__ == "__main__":
+    main()
