@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import json
 import os
@@ -10,14 +11,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 
 import psutil
 
-from .storage import Folder, WorkspaceError
+from .storage import TEMPORARY, Folder, WorkspaceError
 
 NAME = "lock.json"
 HEARTBEAT_S = 10.0
 EXPIRES_S = 60.0
+SETTLE_S = 1.0
 
 
 class WorkspaceBusy(RuntimeError):
@@ -27,9 +30,9 @@ class WorkspaceBusy(RuntimeError):
 class Lock:
     """Holds a workspace for the length of a `with` block.
 
-    On a local disk the lock file is created exclusively, so exactly one of two runs gets it. An object
-    store has no such operation in common: there the last writer wins, and each run looks again after a
-    moment whether it was the last. The holder renews the file every ten seconds. A holder on this machine
+    On a local disk exactly one of two runs gets it. Object stores have no operation in common that would
+    ensure that: there the last writer wins, and each run looks again after a moment whether it was the
+    last. The holder renews the file every ten seconds. A holder on this machine
     whose process is gone is replaced at once, one elsewhere after a minute without a sign of life.
 
     Raises:
@@ -46,18 +49,24 @@ class Lock:
         self._stop = threading.Event()
 
     def __enter__(self) -> Lock:
-        holder = self._holder()
-        if holder is not None and alive(holder):
-            raise WorkspaceBusy(describe(self.folder, holder))
-        self._take(replacing=holder)
+        with self._guarded():
+            holder = self._holder()
+            if holder is not None and alive(holder):
+                raise WorkspaceBusy(describe(self.folder, holder))
+            self._write()
+        if self.folder.local is None:
+            time.sleep(SETTLE_S)
+            holder = self._holder()
+            if holder is None or holder["token"] != self.token:
+                raise WorkspaceBusy(describe(self.folder, holder or self.record))
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        holder = self._holder()
-        if holder is not None and holder["token"] == self.token:
-            self.folder.delete(NAME)
+        with self._guarded():
+            if (self._holder() or {}).get("token") == self.token:
+                self.folder.delete(NAME)
 
     def _holder(self) -> dict | None:
         try:
@@ -67,43 +76,22 @@ class Lock:
         except ValueError:
             return {"token": "", "host": "", "pid": 0, "beat": 0}
 
-    def _take(self, replacing: dict | None) -> None:
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """On a local disk: look and write as one step, by a file lock that lasts a moment."""
         if self.folder.local is None:
-            self._write()
-            time.sleep(1.0)
-        else:
-            self._create(replacing)
-        holder = self._holder()
-        if holder is None or holder["token"] != self.token:
-            raise WorkspaceBusy(describe(self.folder, holder or self.record))
-
-    def _create(self, replacing: dict | None) -> None:
-        """Links a complete file to the lock's name: atomic, and it fails if another run was faster."""
-        path = os.path.join(self.folder.local, NAME)
-        mine = f"{path}.tmp-{self.token}"
+            yield
+            return
         try:
             os.makedirs(self.folder.local, exist_ok=True)
-            with open(mine, "w") as file:
-                json.dump(self.record | {"beat": time.time()}, file)
-            if replacing is not None:
-                self._remove_dead(path, replacing)
-            with contextlib.suppress(FileExistsError):
-                os.link(mine, path)
+            descriptor = os.open(os.path.join(self.folder.local, f"{TEMPORARY}guard"), os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise WorkspaceError(f"cannot lock {self.folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(mine)
-
-    def _remove_dead(self, path: str, holder: dict) -> None:
-        # Renamed before it is deleted: of two runs that find the same dead holder only one can rename it,
-        # and the slower one must not delete the lock that the faster one has taken since.
-        grave = f"{path}.tmp-dead-{holder['token']}"
-        with contextlib.suppress(FileNotFoundError):
-            if self._holder() == holder:
-                os.rename(path, grave)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(grave)
+            os.close(descriptor)
 
     def _write(self) -> None:
         self.folder.write(NAME, json.dumps(self.record | {"beat": time.time()}).encode())

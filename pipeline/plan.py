@@ -67,7 +67,9 @@ class PlanJob(Job):
     def run(self, unit: Unit, isolate: bool = False) -> Outcome:
         table, written = plan(self.workspace), 0
         earlier = table.parts()
-        with database(planned=table.dataset(), **{n: t.dataset() for n, t in self.tables().items()}) as db:
+        with database(parts=table.dataset(), **{n: t.dataset() for n, t in self.tables().items()}) as db:
+            # Copied, because the parts that are read here are replaced below.
+            db.execute("create table planned as select shard, key from parts")
             db.execute(f"create table current as {samples(self.workspace, self.corpus)}")
             for shard, rows in self._kept(db, earlier):
                 written += self._write(table, shard, rows, earlier.get(shard))

@@ -102,7 +102,7 @@ def _files(source: Source, problem: Problems) -> Iterator[tuple[str, int, float]
     if _exists_exactly(uri) or not any(c in source.uri for c in "*?["):
         root, pattern = uri, None
     else:
-        root = re.split(r"[*?\[]", normalise_glob(source.uri), maxsplit=1)[0].rsplit("/", 1)[0]
+        root = normalise(re.split(r"[*?\[]", normalise_glob(source.uri), maxsplit=1)[0].rsplit("/", 1)[0] or "/")
         pattern = re.compile(glob_expression(normalise_glob(source.uri)))
     path = local_path(root)
     walk = _walk_local(path, source.follow_links, problem) if path is not None else _walk_remote(root)
@@ -200,6 +200,9 @@ def _tar(source: Source, uri: str, modified: float | None) -> Iterator[dict]:
             sample.append(_row(source, uri, name=member.name, offset=member.offset_data, length=member.size,
                                modified=modified))
         yield from _finished(sample, fields)
+        file.seek(tar.offset)       # tarfile takes a garbled header for the end
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"no member header at byte {tar.offset}; what follows is not read")
 
 
 def _sidecar(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> dict[str, object]:

@@ -80,7 +80,8 @@ def read_bytes(uri: str, offset: int | None = None, length: int | None = None) -
         # Non-blocking, so that a FIFO among the images cannot hang a worker.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            file.seek(offset or 0)
+            if offset:
+                file.seek(offset)
             data = file.read(-1 if length is None else length)
     else:
         fs, remote = filesystem(uri)
