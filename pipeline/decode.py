@@ -221,8 +221,6 @@ def _open(data: bytes, limits: Limits) -> tuple[Image.Image, Header]:
     with _refusals(format), _quiet(format):
         image = FORMATS[format](BytesIO(data))
         width, height = image.size
-        if width < 1 or height < 1:
-            raise ImageRefused("zero_size", f"the header says {width}x{height}")
         if width * height > limits.max_pixels:
             raise ImageRefused("too_many_pixels", f"{width}x{height} is {width * height} pixels, "
                                                   f"max_pixels is {limits.max_pixels}")
@@ -394,7 +392,10 @@ def _refusals(format: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise ImageRefused("too_many_pixels", f"{format}: {error}") from error
-    except Exception as error:  # struct.error, SyntaxError, zlib.error, MemoryError, OverflowError, ...
+    except SyntaxError as error:  # Pillow's word for a header it cannot use
+        empty = "not identified by this driver" in str(error)  # after reading it, for lack of width or height
+        raise ImageRefused("zero_size" if empty else "corrupt", f"{format}: {error}") from error
+    except Exception as error:  # struct.error, zlib.error, MemoryError, OverflowError, ...
         reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise ImageRefused(reason, f"{format}: {type(error).__name__}: {error}") from error
 

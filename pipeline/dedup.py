@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from .config import Dedup
+from .copies import clusters
 from .jobs import Job, Outcome, Unit
-from .near import clusters
 from .query import database
 from .score import scores_table
 from .storage import Folder

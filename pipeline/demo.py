@@ -43,6 +43,7 @@ def demo(folder: Annotated[str, typer.Argument(help="Where to build it.")] = "de
         workspace.write(NAME, text.encode())
     run(folder)
     console.print(f"\nIn {time.perf_counter() - started:.0f} seconds, from photographs to shards:")
-    for what, where in (("shards", "shards"), ("manifest", "shards/manifest.parquet"), ("report", "reports/corpus.html")):
+    places = {"shards": "shards", "manifest": "shards/manifest.parquet", "report": "reports/corpus.html"}
+    for what, where in places.items():
         console.print(f"  {what:<9} {workspace}/{where}", markup=False)
     console.print(f"Read them with webdataset or tar; check them with: clearshard verify {folder}", markup=False)

@@ -83,7 +83,7 @@ def ray() -> Finding:
     try:
         test = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        return Finding("bad", "Ray did not start within two minutes", "is /dev/shm at least 1 GB, and loopback allowed?")
+        return Finding("bad", "Ray did not start within two minutes", "is /dev/shm at least 1 GB, loopback allowed?")
     answer = test.stdout.split()
     if test.returncode == 0 and answer[:1] == ["42"]:
         return Finding("ok", f"Ray {answer[1]} runs tasks")
@@ -108,8 +108,8 @@ def optional_weights() -> list[Finding]:
     found = []
     for name in ("piqe", "niqe", "musiq", "clipiqa"):
         lacking = missing(MetricConfig(name=name, kind="pyiqa", model=name))
-        found.append(Finding("note" if lacking else "ok", f"optional score {name}" + (" is not ready" if lacking else ""),
-                             lacking or ""))
+        state, ready = ("note", " is not ready") if lacking else ("ok", "")
+        found.append(Finding(state, f"optional score {name}{ready}", lacking or ""))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Near duplicates: all pairs of 64-bit perceptual hashes within a Hamming distance, and clusters of them.
+"""Near duplicates: all pairs of 64-bit perceptual hashes within a Hamming distance.
 
 The search is exact. Cut the bits into n = r + k blocks: two hashes at distance r or less agree on at least k
 whole blocks, so sorting once by each choice of k blocks brings every such pair into a run of equal keys
@@ -27,22 +27,12 @@ MAX_DISTANCE = 16     # a quarter of the bits: past this, unrelated pictures are
 CHUNK = 1 << 18       # pairs looked at together: the temporaries stay in cache
 SLICE = 1 << 20       # rows of a table whose runs are listed together
 LONG_RUN = 1 << 22    # a run with more pairs than this is cut by its remaining bits
-MAX_EDGES = 1 << 24   # pairs that `clusters` holds at once, 8 bytes each
 
 # Seconds per table, per row sorted, per pair in a run, per pair all against all: one AVX-512 core, numpy 2.4.
 # Only the ratios matter, and only for speed.
 TABLE_COST, ROW_COST, RUN_PAIR_COST, PAIR_COST = 3e-4, 2.5e-8, 2e-9, 8e-10
 
 Pairs = Iterator[tuple[np.ndarray, np.ndarray]]
-
-
-class Clusters(NamedTuple):
-    """One row per item: who stays, and who is a copy of whom. All arrays are (N,)."""
-
-    cluster: np.ndarray    # int64: index of the cluster's keeper; -1 for an item alone
-    keeper: np.ndarray     # bool: True for the keeper of a cluster and for an item alone
-    distance: np.ndarray   # uint8: Hamming distance to the keeper, in [0, max_distance]; 0 for keepers
-    mirrored: np.ndarray   # bool: the item matches the mirrored picture of its keeper better than the picture
 
 
 def near_pairs(
@@ -62,15 +52,15 @@ def near_pairs(
     2 pairs: where that matters use `clusters`, or ask about the distinct hashes. Raises ValueError for
     another dtype, shape or range.
     """
-    _check(hashes, max_distance, threads)
+    check(hashes, max_distance, threads)
     if queries is not None:
-        _check_same_length("queries", queries, hashes, np.uint64)
+        check_same_length("queries", queries, hashes, np.uint64)
     return _measured(hashes, queries, max_distance, threads)
 
 
 def _measured(hashes, queries, max_distance, threads):
     left, right = (hashes, None) if queries is None else (queries, hashes)
-    for i, j in _join(left, right, max_distance, threads):
+    for i, j in join(left, right, max_distance, threads):
         if queries is None:
             i, j = np.minimum(i, j), np.maximum(i, j)
         else:
@@ -80,129 +70,7 @@ def _measured(hashes, queries, max_distance, threads):
             yield i, j, np.bitwise_count(left[i] ^ hashes[j])
 
 
-def clusters(
-    hashes: np.ndarray,
-    rank: np.ndarray,
-    max_distance: int,
-    *,
-    mirrored: np.ndarray | None = None,
-    threads: int = 2,
-) -> Clusters:
-    """Groups of near duplicates around their best item: every member is within max_distance of its keeper.
-
-    Items are walked from the highest rank to the lowest (ties: the lower index first). An item that nobody
-    claimed becomes a keeper and claims every unclaimed item within max_distance of its hash, or of its
-    mirrored hash. So no keeper lies within max_distance of a better keeper. Connected components are not
-    used: they chain a to b to c until pictures that share nothing are "duplicates" of each other, and the
-    larger the corpus the longer the chains.
-
-    hashes: (N,) uint64. rank: (N,) integers or floats without NaN, higher is better; with distinct ranks the
-    result does not depend on the order of the items. max_distance: 0 to 16 bits. mirrored: (N,) uint64, the
-    hash of each mirrored picture. Equal hashes are one point of the search, and at most MAX_EDGES pairs are
-    held, however many there are. Raises ValueError for another dtype, shape or range.
-    """
-    _check(hashes, max_distance, threads)
-    _check_same_length("rank", rank, hashes, None)
-    if mirrored is not None:
-        _check_same_length("mirrored", mirrored, hashes, np.uint64)
-    best_first = np.argsort(rank[::-1], kind="stable")[::-1]
-    best_first = hashes.size - 1 - best_first       # reversed twice: descending, ties still by index
-    best, group = _distinct_in_order(hashes[best_first])
-    best = best_first[best]
-    owner = _claim(hashes[best], None if mirrored is None else mirrored[best], max_distance, threads)
-    keeper_of = np.empty(hashes.size, np.int64)
-    keeper_of[best_first] = best[owner[group]]
-    return _columns(hashes, mirrored, keeper_of)
-
-
-def _columns(hashes: np.ndarray, mirrored: np.ndarray | None, keeper_of: np.ndarray) -> Clusters:
-    """The public columns from the index of each item's keeper."""
-    keeper = keeper_of == np.arange(keeper_of.size)
-    alone = np.bincount(keeper_of, minlength=keeper_of.size)[keeper_of] == 1
-    distance = np.bitwise_count(hashes ^ hashes[keeper_of])
-    flipped = np.zeros(hashes.size, bool)
-    if mirrored is not None:
-        through_mirror = np.bitwise_count(hashes ^ mirrored[keeper_of])
-        flipped = through_mirror < distance
-        flipped &= ~keeper                          # a symmetric picture is not a copy of itself
-        distance = np.where(flipped, through_mirror, distance)
-    return Clusters(np.where(alone, -1, keeper_of), keeper, distance, flipped)
-
-
-def _distinct_in_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each distinct value first stands, ascending, and for each row which of those is its own."""
-    order = np.argsort(values)
-    starts = _run_starts(values[order])
-    first = np.minimum.reduceat(order, starts) if values.size else order
-    by_position = np.argsort(first)
-    place = np.empty_like(by_position)
-    place[by_position] = np.arange(place.size)
-    group = np.empty(values.size, np.int64)
-    group[order] = np.repeat(place, np.diff(starts, append=values.size))
-    return first[by_position], group
-
-
-def _claim(values: np.ndarray, mirrored: np.ndarray | None, max_distance: int, threads: int) -> np.ndarray:
-    """The keeper of each value, by position; values are distinct and stand best first.
-
-    Dense data has more pairs than memory. Then only a better part is decided, its keepers claim what they can
-    of the rest (a stream that needs one number per row), and what is left, much thinner now, is tried again.
-    """
-    owner = np.arange(values.size)
-    todo, size = owner.copy(), values.size
-    while todo.size:
-        head, rest = todo[:size], todo[size:]
-        edges = _edges(values[head], None if mirrored is None else mirrored[head], max_distance, threads)
-        if edges is None:
-            size = (head.size + 1) // 2
-            continue
-        claims = _walk(edges, head.size)
-        owner[head[claims & 0xFFFFFFFF]] = head[claims >> 32]
-        if rest.size:
-            keepers = head[owner[head] == head]
-            best = np.full(rest.size, keepers.size)
-            for source in (values, mirrored) if mirrored is not None else (values,):
-                for i, j in _join(source[keepers], values[rest], max_distance, threads):
-                    np.minimum.at(best, j, i)
-            claimed = best < keepers.size
-            owner[rest[claimed]] = keepers[best[claimed]]
-            rest = rest[~claimed]
-        todo, size = rest, rest.size
-    return owner
-
-
-def _edges(values: np.ndarray, mirrored: np.ndarray | None, r: int, threads: int) -> np.ndarray | None:
-    """Sorted (better << 32 | worse) of all near pairs, int64; None when there are more than MAX_EDGES."""
-    parts, total = [np.empty(0, np.int64)], 0
-    for better, worse in _claimable(values, mirrored, r, threads):
-        parts.append(better << 32 | worse)
-        total += better.size
-        if total > MAX_EDGES:
-            return None
-    return np.sort(np.concatenate(parts))
-
-
-def _claimable(values: np.ndarray, mirrored: np.ndarray | None, r: int, threads: int) -> Pairs:
-    for i, j in _join(values, None, r, threads):
-        yield np.minimum(i, j), np.maximum(i, j)
-    if mirrored is not None:
-        for i, j in _join(mirrored, values, r, threads):
-            yield i[i < j], j[i < j]
-
-
-def _walk(edges: np.ndarray, size: int) -> np.ndarray:
-    """The edges by which a keeper claims: in order of the better end, so that end's own fate is known."""
-    taken, claims = bytearray(size), bytearray(edges.size)
-    for start in range(0, edges.size, SLICE):       # Python integers are large: a slice at a time
-        part = edges[start : start + SLICE]
-        for number, i, j in zip(range(start, start + part.size), (part >> 32).tolist(),
-                                (part & 0xFFFFFFFF).tolist(), strict=True):
-            if not taken[i] and not taken[j]:
-                taken[j] = claims[number] = 1
-    return edges[np.frombuffer(claims, bool)]
-
-
-def _join(left: np.ndarray, right: np.ndarray | None, r: int, threads: int) -> Pairs:
+def join(left: np.ndarray, right: np.ndarray | None, r: int, threads: int) -> Pairs:
     """Positions (i, j) with hamming(left[i], right[j]) <= r; without right, each pair within left once."""
     other = left if right is None else right
     if not (left.size and other.size):
@@ -278,7 +146,7 @@ class _Distinct:
         laid = _move_bits(values, [bit for block in blocks for bit in block])
         self.order = np.argsort(laid)
         laid = laid[self.order]
-        starts = _run_starts(laid)
+        starts = run_starts(laid)
         self.values = laid if starts.size == laid.size else laid[starts]
         self.bounds = np.append(starts, laid.size)
 
@@ -358,7 +226,7 @@ def _in_runs(a: np.ndarray, b: np.ndarray | None, shift: int, r: int) -> Pairs:
         stop = _run_end(a, min(start + SLICE, a.size) - 1, shift)
         part = a[start:stop]
         keys = part >> np.uint64(shift)
-        first = _run_starts(keys)
+        first = run_starts(keys)
         low, keys = np.uint64((1 << shift) - 1), keys[first] << np.uint64(shift)
         length = np.diff(first, append=part.size)
         begin = first if b is None else np.searchsorted(b, keys)
@@ -367,7 +235,7 @@ def _in_runs(a: np.ndarray, b: np.ndarray | None, shift: int, r: int) -> Pairs:
         long = length * (end - begin) > LONG_RUN
         for run in np.flatnonzero(long):
             x, y = part[first[run] : first[run] + length[run]], other[begin[run] : end[run]]
-            for i, j in _join(x, None if b is None else y, r, 1):
+            for i, j in join(x, None if b is None else y, r, 1):
                 yield x[i], y[j]
         end = np.repeat(np.where(long, 0, end), length)
         begin = np.arange(1, part.size + 1) if b is None else np.repeat(begin, length)
@@ -379,7 +247,7 @@ def _in_runs(a: np.ndarray, b: np.ndarray | None, shift: int, r: int) -> Pairs:
         start = stop
 
 
-def _run_starts(values: np.ndarray) -> np.ndarray:
+def run_starts(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate((np.ones(min(values.size, 1), bool), values[1:] != values[:-1])))
 
 
@@ -417,7 +285,7 @@ def _all_pairs(left: np.ndarray, right: np.ndarray | None, r: int) -> Pairs:
                 yield i, j
 
 
-def _check(hashes: np.ndarray, max_distance: int, threads: int) -> None:
+def check(hashes: np.ndarray, max_distance: int, threads: int) -> None:
     if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
         raise ValueError(f"hashes must be a (N,) uint64 array, not {_describe_array(hashes)}")
     if not isinstance(max_distance, int | np.integer) or not 0 <= max_distance <= MAX_DISTANCE:
@@ -426,7 +294,7 @@ def _check(hashes: np.ndarray, max_distance: int, threads: int) -> None:
         raise ValueError(f"threads must be an integer of at least 1, not {threads!r}")
 
 
-def _check_same_length(name: str, values: np.ndarray, hashes: np.ndarray, dtype: type | None) -> None:
+def check_same_length(name: str, values: np.ndarray, hashes: np.ndarray, dtype: type | None) -> None:
     kind = "uint64" if dtype else "integer or float"
     wanted = f"a ({hashes.size},) {kind} array like hashes"
     fits = isinstance(values, np.ndarray) and values.shape == hashes.shape

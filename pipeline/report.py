@@ -170,7 +170,8 @@ class Page:
             members = self.rows(f"""
                 select sources.*, d.kind, d.distance, selection.kept, scores.width, scores.height from duplicates d
                 join sources on sources.ref = d.ref join scores on scores.ref = d.ref
-                left join selection on selection.ref = d.ref where d.cluster = {row['cluster']} order by d.rank limit 6""")
+                left join selection on selection.ref = d.ref
+                where d.cluster = {row['cluster']} order by d.rank limit 6""")
             groups.append({"size": row["size"], "members": [
                 thumbnail(m, self.corpus) | {"kind": m["kind"], "distance": m["distance"], "kept": m["kept"]}
                 for m in members]})

@@ -147,7 +147,7 @@ def texture(window: np.ndarray) -> Texture:
     luma = window.astype(np.float32)
     squared = cv2.Sobel(luma, cv2.CV_32F, 1, 0) ** 2 + cv2.Sobel(luma, cv2.CV_32F, 0, 1) ** 2
     gradient = per_block(cv2.sqrt(squared))
-    residual = cv2.absdiff(cv2.filter2D(luma, cv2.CV_32F, _IMMERKAER), np.zeros(1))
+    residual = np.abs(cv2.filter2D(luma, cv2.CV_32F, _IMMERKAER))
     return Texture(
         laplacian=float(cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_32F))[1][0, 0]),
         gradient=gradient,
@@ -200,7 +200,7 @@ def noise(textures: list[Texture]) -> float | None:
 
 
 def blockiness(windows: list[np.ndarray]) -> float | None:
-    """Mean step across the 8-pixel grid over mean step elsewhere: 1 is none, above 1.3 is visible.
+    """Mean step across the 8-pixel grid over mean step elsewhere: 1 is none; JPEG 75 reads 1.1 to 1.4, 20 about 2.
 
     Half a grey level is added to both, because a grid in a sky of equal pixels is seen by nobody. Sees the grid
     of a JPEG, or of what was saved from one without crop or resize. None below 16 pixels.
@@ -224,8 +224,12 @@ def upscale(windows: list[np.ndarray], textures: list[Texture]) -> float | None:
     Photographs have line spectra near 1/f²; times f² they are level, up to the lens. Interpolation leaves
     nothing above its source's limit of 0.5/factor cycles per pixel. The end is where the levelled spectrum,
     averaged in decibels over the most textured windows, first lies 8 dB below its low frequencies.
-    It measures resolution, so a soft lens, shaken hands, strong denoising or JPEG below quality 80 read as 1.2 to
-    1.8; enlargement by a network that invents detail is not seen. None below 128 pixels or without texture.
+    It measures resolution, whatever took it away: a soft lens, shaken hands, strong denoising or low JPEG
+    quality read as 1.2 to 1.8. Measured: above 1.5 are 4 of 32 native camera photographs and none of 125 native
+    web pictures, and of those web pictures enlarged by 1.5, 2 and 3 about 32%, 98% and all; above 1.75 none of
+    either native kind, and 8%, 83% and 99%. Not seen: enlargement of a picture with almost no texture, whose
+    spectrum is compression noise (15% of centre crops from the camera photographs), and enlargement by a
+    network that invents detail. None below 128 pixels or for a single colour.
     """
     strength = [float(each.gradient.mean()) for each in textures]
     order = np.argsort(strength)[::-1][: -(-2 * len(windows) // 5)]

@@ -132,6 +132,8 @@ class Folder:
                 found = os.listdir(self.local)
             except FileNotFoundError:
                 return []
+            except OSError as error:
+                raise WorkspaceError(f"cannot list {self}: {error.strerror}") from error
         else:
             fs, path = filesystem(self.uri)
             infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))

@@ -86,6 +86,12 @@ def ray_here():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def on_cluster(ray_here) -> dict:
+    """Environment in which commands join the tests' Ray, instead of starting one of their own each."""
+    return {"RAY_ADDRESS": ray_here.get_runtime_context().gcs_address}
+
+
 @pytest.fixture
 def run(ray_here):
     """run(workspace, *stages, **options): stages in this process; returns what was said."""

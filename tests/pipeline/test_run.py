@@ -88,7 +88,8 @@ def test_a_tighter_threshold_reads_no_image_and_drops_only_what_it_must(tmp_path
         os.utime(path)      # touched, not ingested again: select and tile must not look at the files
     scores = rows_of_table(workspace, "scores")
     largest = max(row["width"] for row in scores)
-    text = (workspace / "corpus.yaml").read_text().replace("min_side: 256", f"min_side: 256, where: {{narrow: width < {largest}}}")
+    text = (workspace / "corpus.yaml").read_text()
+    text = text.replace("min_side: 256", f"min_side: 256, where: {{narrow: width < {largest}}}")
     (workspace / "corpus.yaml").write_text(text)
     lines = run(workspace, "dedup", "select", "tile", "shard")
     assert any(line.startswith("tile: 0 rows") for line in lines)      # all taken over from before
@@ -165,7 +166,7 @@ def test_a_rotten_source_stops_the_job(tmp_path, run):
         (pile / f"{i}.jpg").write_bytes(b"<html>" if i % 3 else b"")
     workspace = configure(tmp_path / "w", pile)
     run(workspace, "ingest")
-    with pytest.raises(JobStopped, match=r"score stopped: \d+ of \d+ rows failed, mostly 'not_an_image'.*--retry-errors"):
+    with pytest.raises(JobStopped, match=r"score stopped: \d+ of \d+ rows failed, mostly 'not_an_image'.*--retry"):
         run(workspace, "score", max_error_rate=0.1)
 
 

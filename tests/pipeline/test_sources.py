@@ -37,7 +37,8 @@ def folder(tmp_path):
 
 def test_every_file_of_a_folder_is_listed_in_a_stable_order_whatever_its_name(folder):
     rows, problems = listed(folder)
-    assert names(rows) == ["a.jpg", "line\nbreak.jpg", "no-utf8-\ufffd.jpg", "with space.jpg", "日本.jpg", "c.PNG", "d.txt"]
+    assert names(rows) == ["a.jpg", "line\nbreak.jpg", "no-utf8-\ufffd.jpg", "with space.jpg", "日本.jpg", "c.PNG",
+                           "d.txt"]
     assert not problems and len({row["ref"] for row in rows}) == 7
     assert all(len(read_bytes(row["uri"])) > 0 for row in rows)
 
@@ -78,7 +79,7 @@ def test_a_changed_file_gets_a_new_ref_and_an_unchanged_one_keeps_it(tmp_path):
 
 
 def test_an_absent_folder_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(ConfigError, match="nothing-here.*holds no files"):
+    with pytest.raises(ConfigError, match=r"nothing-here.*holds no files"):
         listed(tmp_path / "nothing-here")
 
 
