@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
@@ -58,7 +57,7 @@ class Terminal(Show):
         console.print(text, markup=False)
 
     def begin(self, job: Job, rows: int) -> None:
-        self.job, self.rows, self.logged = job.name, rows, time.monotonic()
+        self.job, self.rows, self.logged = job.name, rows, 0.0
         if console.is_terminal:
             self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn(
                 "{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
@@ -71,8 +70,8 @@ class Terminal(Show):
         note = f"{rate:.1f}/s" + (f", {totals.failed} errors" if totals.failed else "")
         if self.progress is not None:
             self.progress.update(self.task, completed=done, note=note)
-        elif time.monotonic() - self.logged > LOG_EVERY_S:
-            self.logged = time.monotonic()
+        elif totals.seconds - self.logged > LOG_EVERY_S:
+            self.logged = totals.seconds
             left = (self.rows - done) / max(done / max(totals.seconds, 1e-9), 1e-9)
             self.say(f"{self.job}: {done} of {self.rows}, {note}, about {duration(max(left, 0))} left")
 

@@ -16,7 +16,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
 from typing import Literal
 
@@ -28,7 +27,6 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageCms,
     ImageFile,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
@@ -38,6 +36,8 @@ from PIL import (
     WebPImagePlugin,
 )
 from pydantic import BaseModel, ConfigDict, Field
+
+from .colour import ALPHA_MODES, DEEP_GREY, converted, flattened, to_srgb
 
 # A filter once, narrow and at import: warnings.catch_warnings() around each call is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -86,9 +86,7 @@ LOOKS_LIKE = (
 )
 
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"}
-DEEP_GREY = {"I;16", "I;16B", "I;16L", "I;16N"}
 FULL_SCALE_I = {"png", "ppm", "jpeg2000"}  # formats whose 32-bit "I" mode holds 16-bit samples
-ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 MAX_SCANS = 200  # encoders write about 10; thousands of scans make a small progressive JPEG run for hours
 TIFF_DAMAGE = re.compile(rb"(?i)bad code word|premature|read error|corrupt|not enough data|invalid data")
 TRANSPOSE = {
@@ -156,7 +154,7 @@ class Raster:
     def srgb(self, pixels: np.ndarray) -> np.ndarray:
         """Colours of any (h, w, 3) uint8 selection of `pixels` as sRGB, same shape."""
         mode = "L" if self.header.mode == "L" else "RGB"
-        transform = _transform(self.profile, mode) if self.profile else None
+        transform = to_srgb(self.profile, mode) if self.profile else None
         if transform is None:
             return pixels
         source = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if mode == "L" else pixels))
@@ -203,7 +201,7 @@ def _raster(data: bytes, limits: Limits, fast: bool) -> Raster:
                 image = Image.fromarray(255 - _jpeg(data, "CMYK", fast), "CMYK")
             else:
                 _load(image, header.format)
-            pixels, profile = np.array(_flatten(image, header, profile)), None
+            pixels, profile = np.array(flattened(image, profile)), None
     orientation = 1 if header.format == "tiff" else header.orientation  # Pillow turns TIFF while loading
     stored = (header.height, header.width) if orientation < 5 else (header.width, header.height)
     if pixels.shape != (*stored, 3):
@@ -333,54 +331,6 @@ def _load(image: Image.Image, format: str) -> None:
         found = TIFF_DAMAGE.search(messages())
     if found:
         raise ImageRefused("corrupt", f"libtiff: {found[0].decode()}")
-
-
-def _flatten(image: Image.Image, header: Header, profile: bytes | None) -> Image.Image:
-    """Any mode to sRGB without alpha: transparent parts show white."""
-    alpha = None
-    if image.mode in DEEP_GREY or image.mode == "I":
-        deep = np.asarray(image).astype(np.int64)
-        if isinstance(image.info.get("transparency"), int):
-            alpha = Image.fromarray(np.where(deep == image.info["transparency"], 0, 255).astype(np.uint8))
-        image = Image.fromarray(((deep.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode in ALPHA_MODES or "transparency" in image.info:
-        # after loading: a GIF shows its transparent colour only now
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    if image.mode not in {"L", "CMYK"}:
-        image = image.convert("RGB")
-    transform = _transform(profile, image.mode) if profile else None
-    image = ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
-    if alpha is None:
-        return image
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=alpha)
-    return white
-
-
-@lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From `mode` (RGB, L or CMYK) in `profile` to sRGB; None where the numbers may stay as they are."""
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if mode == "L" and source.profile.xcolor_space != "GRAY":
-            return None
-        transform = ImageCms.buildTransform(
-            source, ImageCms.createProfile("sRGB"), mode, "RGB",
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-        if mode == "CMYK":
-            return transform
-        levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-        colours = np.stack(np.meshgrid(*[levels] * 3), -1).reshape(1, -1, 3)
-        grid = Image.fromarray(colours if mode == "RGB" else levels[None])
-        moved = np.asarray(ImageCms.applyTransform(grid, transform)).astype(int)
-        change = np.abs(moved - np.asarray(grid.convert("RGB"))).max()
-        return transform if change > 2 else None  # sRGB under one of its many names: by deed, not by title
-    except Exception:
-        return None
 
 
 @contextlib.contextmanager

@@ -50,8 +50,7 @@ class FetchJob(RowJob):
 
     def pending(self) -> list[Unit]:
         # A part that is there stays, whatever the settings were: nothing is downloaded twice.
-        done, failed = self.output.parts(), self.quarantine.parts() if self.retry_errors else {}
-        return [unit for unit in super().pending() if unit.key not in done or unit.key in failed]
+        return [unit for unit in super().pending() if unit.earlier is None or (self.retry_errors and unit.failed)]
 
     def rows(self, unit: Unit) -> list[dict]:
         return self.input.read(unit.parts["input"]).to_pylist()
@@ -70,7 +69,7 @@ class FetchJob(RowJob):
         wanted = [row for row in rows if row["ref"] not in known and row["ref"] not in refused]
         tar = f"{unit.key}.{len(known)}.tar"
         good, bad, size = asyncio.run(self._download(wanted, tar))
-        self._write(unit, earlier.rows + good, [r for r in earlier.failed if r["ref"] in refused] + bad, earlier)
+        self._write(unit, earlier.rows + good, [r for r in earlier.failed if r["ref"] in refused] + bad)
         return Outcome(unit.key, len(wanted), len(bad), len(rows) - len(wanted), size, tally(bad))
 
     async def _download(self, rows: list[dict], tar: str) -> tuple[list[dict], list[dict], int]:

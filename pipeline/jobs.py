@@ -33,7 +33,9 @@ class Unit:
     key: str
     rows: int
     inputs: str                     # digest that the output part will carry
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)    # read by the unit
+    earlier: Part | None = None     # output of the same key that it replaces
+    failed: Part | None = None      # and its quarantine
     first: int | None = None        # only so many rows (`--limit`)
 
 
@@ -100,13 +102,13 @@ class RowJob(Job):
         return digest(self.name, self.settings)
 
     def pending(self) -> list[Unit]:
-        done, failed = self.output.parts(), self.quarantine.parts() if self.retry_errors else {}
+        done, failed = self.output.parts(), self.quarantine.parts()
         settings, units = self.settings_digest(), []
         for key, parts in self.inputs():
             expected = digest(settings, sorted((name, part.content) for name, part in parts.items()))
-            if key in done and done[key].inputs == expected and key not in failed:
-                continue
-            units.append(Unit(key, rows_of(key), expected, parts))
+            up_to_date = key in done and done[key].inputs == expected
+            if not up_to_date or (self.retry_errors and key in failed):
+                units.append(Unit(key, rows_of(key), expected, parts, done.get(key), failed.get(key)))
         return units
 
     def tidy(self) -> None:
@@ -137,29 +139,33 @@ class RowJob(Job):
                     result, failure = attempt(call, row, self.name)
                     good.extend([result] if result else [])
                     bad.extend([failure] if failure else [])
-        self._write(unit, good, bad, earlier)
+        self._write(unit, good, bad)
         new_failures = [row for row in bad if row["ref"] not in refused]
         return Outcome(unit.key, fresh, len(new_failures), len(rows) - fresh, 0, tally(new_failures))
 
     def _earlier(self, unit: Unit) -> Earlier:
         """What an older part of the same key holds, if it was made with the same settings."""
-        part, failures = self.output.parts().get(unit.key), self.quarantine.parts().get(unit.key)
-        same = part is not None and self.output.metadata(part).get("settings") == self.settings_digest()
-        kept = (failures is not None
-                and self.quarantine.metadata(failures).get("settings") == self.settings_digest())
-        return Earlier(part, failures, self.output.read(part).to_pylist() if same else [],
-                       self.quarantine.read(failures).to_pylist() if kept else [])
+        return Earlier(*(self._same_settings(table, part) for table, part in (
+            (self.output, unit.earlier), (self.quarantine, unit.failed))))
 
-    def _write(self, unit: Unit, good: list[dict], bad: list[dict], earlier: Earlier) -> None:
+    def _same_settings(self, table: Table, part: Part | None) -> list[dict]:
+        if part is None:
+            return []
+        try:
+            same = table.metadata(part).get("settings") == self.settings_digest()
+            return table.read(part).to_pylist() if same else []
+        except FileNotFoundError:       # this unit was done before and its worker died before it could say so
+            return []
+
+    def _write(self, unit: Unit, good: list[dict], bad: list[dict]) -> None:
         # The quarantine goes first: once the output part exists, the unit counts as done.
         inputs = unit.inputs if unit.first is None else digest(unit.inputs, unit.first)
         settings = self.settings_digest()
         if bad:
-            self.quarantine.write(unit.key, inputs, bad, replaces=earlier.failed_part, settings=settings)
-        self.output.write(unit.key, inputs, good, content=self.content(good), replaces=earlier.part,
-                          settings=settings)
-        if earlier.failed_part is not None and not bad:
-            self.quarantine.folder.delete(earlier.failed_part.file)
+            self.quarantine.write(unit.key, inputs, bad, replaces=unit.failed, settings=settings)
+        self.output.write(unit.key, inputs, good, content=self.content(good), replaces=unit.earlier, settings=settings)
+        if unit.failed is not None and not bad:
+            self.quarantine.folder.delete(unit.failed.file)
 
     def content(self, rows: list[dict]) -> str | None:
         """The CONTENT digest of a part, where less than all columns matters downstream."""
@@ -176,8 +182,8 @@ class RowJob(Job):
 
 @dataclass(frozen=True)
 class Earlier:
-    part: Part | None
-    failed_part: Part | None
+    """Rows of an older part that still hold."""
+
     rows: list[dict]
     failed: list[dict]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from .ingest import sources
 from .jobs import RowJob, Unit
 from .metrics import Metric, MetricConfig
 from .storage import Folder, read_bytes, size_of
-from .tables import QUARANTINE, Table
+from .tables import QUARANTINE, Part, Table
 
 SCORES = pa.schema([pa.field("ref", pa.string(), nullable=False), *(pa.field(f.name, f.type) for f in scores.FACTS)])
 METRIC = pa.schema([pa.field("ref", pa.string(), nullable=False), pa.field("value", pa.float64())])
@@ -83,10 +84,14 @@ class MetricJob(RowJob):
         self.row_timeout_s = self.config.row_timeout_s
         self.num_gpus = 1.0 if self.metric.device == "cuda" else 0.0
 
+    def inputs(self) -> Iterator[tuple[str, dict[str, Part]]]:
+        places = sources(self.workspace).parts()
+        return ((key, parts | {"places": places[key]}) for key, parts in super().inputs())
+
     def rows(self, unit: Unit) -> list[dict]:
         places = sources(self.workspace)
         scored = set(self.input.read(unit.parts["input"], ["ref"])["ref"].to_pylist())
-        rows = places.read(places.parts()[unit.key], ["ref", "uri", "offset", "length", "name"]).to_pylist()
+        rows = places.read(unit.parts["places"], ["ref", "uri", "offset", "length", "name"]).to_pylist()
         return [row for row in rows if row["ref"] in scored]
 
     def process(self, row: dict) -> dict:

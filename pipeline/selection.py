@@ -18,7 +18,18 @@ from .storage import Folder
 from .tables import SELECTION, Part, Table, digest, rows_of
 
 # Ranges of facts that hold unless `select.facts` says otherwise; docs/scores.md shows on what they were judged.
-DEFAULTS: dict[str, Range] = {}
+DEFAULTS: dict[str, Range] = {
+    "jpeg_quality": Range(min=75),
+    "upscale": Range(max=1.75),
+    "blockiness": Range(max=2.0),
+    "noise": Range(max=4.0),
+    "sharpness": Range(min=2.0),
+    "flat_share": Range(max=0.98),
+    "entropy": Range(min=4.8),
+    "clipped_dark": Range(max=0.5),
+    "clipped_bright": Range(max=0.4),
+    "border": Range(max=0.3),
+}
 
 
 def selection(workspace: Folder) -> Table:

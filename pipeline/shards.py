@@ -50,12 +50,12 @@ class ShardJob(Job):
         return self.workspace / "shards"
 
     def pending(self) -> list[Unit]:
-        table, known = plan(self.workspace), written(self.folder)
+        table, known, failed = plan(self.workspace), written(self.folder), self.quarantine.parts()
         units = []
         for shard, part in sorted(table.parts().items()):
             if known.get(shard) != part.inputs or shard in self.rewrite:
                 rows = table.read(part, ["key"]).num_rows
-                units.append(Unit(shard, rows, part.inputs, {"plan": part}))
+                units.append(Unit(shard, rows, part.inputs, {"plan": part}, failed=failed.get(shard)))
         return units
 
     def tidy(self) -> None:
@@ -76,7 +76,7 @@ class ShardJob(Job):
     def run(self, unit: Unit, isolate: bool = False) -> Outcome:
         rows = plan(self.workspace).read(unit.parts["plan"]).to_pylist()
         tar, index = f"{unit.key}.tar", f"{unit.key}.index.parquet"
-        earlier, bad, encoder = self.quarantine.parts().get(unit.key), [], Encoder(self.corpus)
+        bad, encoder = [], Encoder(self.corpus)
         self.folder.delete(index)       # from here on the shard is not complete
         if not rows:
             self._remove(unit.key, tar, unit.parts["plan"])
@@ -89,9 +89,9 @@ class ShardJob(Job):
                 else:
                     bad.append(failure)
         if bad:
-            self.quarantine.write(unit.key, unit.inputs, bad, replaces=earlier)
-        elif earlier is not None:
-            self.quarantine.folder.delete(earlier.file)
+            self.quarantine.write(unit.key, unit.inputs, bad, replaces=unit.failed)
+        elif unit.failed is not None:
+            self.quarantine.folder.delete(unit.failed.file)
         self.folder.write(index, index_bytes(writer, unit.inputs))
         return Outcome(unit.key, len(rows), len(bad), 0, writer.size, tally(bad))
 

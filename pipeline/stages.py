@@ -105,11 +105,14 @@ def run_score(session: Session) -> None:
     for metric in config.metrics:
         if metric.name in {fact.name for fact in scores.FACTS}:
             raise ConfigError(f"score.metrics: {metric.name!r} is the name of a built-in fact; choose another")
-        if lacking := missing(metric):
-            raise ConfigError(f"score.metrics: {metric.name}: {lacking}")
-    session.run(ScoreJob(session.workspace, config, session.retry_errors))
-    for metric in config.metrics:
-        session.run(MetricJob(session.workspace, config, metric, session.retry_errors))
+    jobs = [MetricJob(session.workspace, config, metric, session.retry_errors) for metric in config.metrics]
+    score = ScoreJob(session.workspace, config, session.retry_errors)
+    for job in jobs:
+        # Asked before hours of scoring; on the CPU, because this machine need not have the workers' cards.
+        if (score.pending() or job.pending()) and (lacking := missing(job.metric.model_copy(update={"device": "cpu"}))):
+            raise ConfigError(f"score.metrics: {job.metric.name}: {lacking}")
+    for job in [score, *jobs]:
+        session.run(job)
 
 
 def run_dedup(session: Session) -> None:

@@ -15,7 +15,7 @@ from .jobs import RowJob, Unit
 from .score import read_image
 from .selection import selection
 from .storage import Folder
-from .tables import QUARANTINE, TILES, Table
+from .tables import QUARANTINE, TILES, Part, Table
 
 TEXTURE_BLOCK = 32      # pixels; a face's skin is flat at this size, hair and eyes are not
 TEXTURE_LEVEL = 4.0     # grey levels of mean Sobel response per pixel that noise alone does not reach
@@ -41,11 +41,15 @@ class TileJob(RowJob):
         self.settings = {"tile": self.corpus.tile.model_dump(), "limits": self.limits.model_dump()}
         self.row_timeout_s = self.corpus.score.row_timeout_s
 
+    def inputs(self) -> Iterator[tuple[str, dict[str, Part]]]:
+        places = sources(self.workspace).parts()
+        return ((key, parts | {"places": places[key]}) for key, parts in super().inputs())
+
     def rows(self, unit: Unit) -> list[dict]:
         chosen = self.input.read(unit.parts["input"])
         kept = {row["ref"]: row for row in chosen.to_pylist() if row["kept"]}
         places = sources(self.workspace)
-        rows = places.read(places.parts()[unit.key], ["ref", "uri", "offset", "length", "name"]).to_pylist()
+        rows = places.read(unit.parts["places"], ["ref", "uri", "offset", "length", "name"]).to_pylist()
         return [kept[row["ref"]] | row for row in rows if row["ref"] in kept]
 
     def process(self, row: dict) -> dict:
