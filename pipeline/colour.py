@@ -10,6 +10,15 @@ DEEP_GREY = {"I;16", "I;16B", "I;16L", "I;16N"}
 ALPHA_MODES = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
+def converted(pixels: np.ndarray, profile: bytes | None, mode: str) -> np.ndarray:
+    """(h, w, 3) uint8 in `profile` as sRGB, same shape; mode L: a grey picture, with three equal channels."""
+    transform = to_srgb(profile, mode) if profile else None
+    if transform is None:
+        return pixels
+    source = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if mode == "L" else pixels))
+    return np.asarray(ImageCms.applyTransform(source, transform))
+
+
 def flattened(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Any mode to sRGB without alpha: transparent parts show white."""
     alpha = None

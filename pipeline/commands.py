@@ -18,9 +18,10 @@ from .config import ConfigError
 from .jobs import Job
 from .lock import Lock, WorkspaceBusy
 from .report import write_report
+from .selection import check_rules
 from .stages import STAGES, Session, Show, duration
 from .storage import Folder, WorkspaceError
-from .verify import REWRITE, VerifyJob, table_problems
+from .verify import VerifyJob, rewrite, table_problems
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -109,6 +110,7 @@ def run_stages(names: list[str], workspace: str, *, dry_run: bool, limit: int | 
     with reported():
         folder = Folder.at(workspace)
         corpus = configuration.load(folder)
+        check_rules(corpus)     # a mistake in a rule is told now, and not after hours of scoring
         cluster = Cluster(address, workers)
         session = Session(folder, corpus, cluster, Terminal(), limit, dry_run, retry, tuple(rewrite or ()), error_rate)
         held = contextlib.nullcontext() if dry_run else Lock(folder, " ".join(["clearshard", *sys.argv[1:]]))
@@ -183,8 +185,8 @@ def verify(workspace: Workspace, quick: Annotated[bool, typer.Option("--quick", 
         finally:
             show.end()
             cluster.stop()
-        problems = [(text, REWRITE.format(workspace=folder, shard=text.split(":")[0])) for text in totals.errors]
-        problems += [(text, mend.format(workspace=folder)) for text, mend in table_problems(folder)]
+        problems = [(text, rewrite(folder, text.split(":")[0])) for text in totals.errors]
+        problems += table_problems(folder, corpus)
         for text, mend in problems:
             errors.print(f"{text}\n  mend: {mend}", style="red", markup=False)
         console.print(f"verify: {totals.units} shards, {totals.rows} samples, {totals.bytes / 1e6:.1f} MB read in "

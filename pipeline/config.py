@@ -79,8 +79,8 @@ class Dedup(Strict):
 
 
 class Range(Strict):
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -139,6 +139,8 @@ def load(workspace: Folder) -> Corpus:
     except FileNotFoundError:
         raise ConfigError(f"{workspace} has no {NAME}. Make it a workspace with: "
                           f"clearshard init {workspace} --source FOLDER") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{workspace / NAME} is not UTF-8 text: {error}") from None
     return parse(text, str(workspace / NAME))
 
 
@@ -169,14 +171,13 @@ def explain(error: dict[str, Any]) -> str:
 
 def _fields_at(path: tuple) -> list[str]:
     """The keys that the model at a path of the configuration has."""
-    model: Any = Corpus
+    kind: Any = Corpus
     for step in path:
-        if isinstance(step, int):
-            continue
-        annotation = model.model_fields[step].annotation
-        inner = [a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")]
-        model = annotation if hasattr(annotation, "model_fields") else inner[0]
-    return sorted(model.model_fields)
+        if hasattr(kind, "model_fields"):
+            kind = kind.model_fields[step].annotation
+        else:       # a place in a list, or a name in a mapping
+            kind = next(inner for inner in kind.__args__ if hasattr(inner, "model_fields"))
+    return sorted(kind.model_fields)
 
 
 def template(sources: list[tuple[str, str]]) -> str:

@@ -37,7 +37,7 @@ from PIL import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
-from .colour import ALPHA_MODES, DEEP_GREY, converted, flattened, to_srgb
+from .colour import ALPHA_MODES, DEEP_GREY, converted, flattened
 
 # A filter once, narrow and at import: warnings.catch_warnings() around each call is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -153,12 +153,7 @@ class Raster:
 
     def srgb(self, pixels: np.ndarray) -> np.ndarray:
         """Colours of any (h, w, 3) uint8 selection of `pixels` as sRGB, same shape."""
-        mode = "L" if self.header.mode == "L" else "RGB"
-        transform = to_srgb(self.profile, mode) if self.profile else None
-        if transform is None:
-            return pixels
-        source = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if mode == "L" else pixels))
-        return np.asarray(ImageCms.applyTransform(source, transform))
+        return converted(pixels, self.profile, "L" if self.header.mode == "L" else "RGB")
 
     def upright(self, pixels: np.ndarray) -> np.ndarray:
         """Any (h, w, ...) array in the stored position, turned as EXIF asks; contiguous."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
@@ -67,7 +68,8 @@ class FetchJob(RowJob):
         refused = set() if self.retry_errors else {row["ref"] for row in earlier.failed}
         rows = self.rows(unit)[: unit.first]
         wanted = [row for row in rows if row["ref"] not in known and row["ref"] not in refused]
-        tar = f"{unit.key}.{len(known)}.tar"
+        # A name of its own: a worker that outlives its killed driver must not change the tar under our offsets.
+        tar = f"{unit.key}-{uuid.uuid4().hex[:8]}.tar"
         good, bad, size = asyncio.run(self._download(wanted, tar))
         self._write(unit, earlier.rows + good, [r for r in earlier.failed if r["ref"] in refused] + bad)
         return Outcome(unit.key, len(wanted), len(bad), len(rows) - len(wanted), size, tally(bad))

@@ -15,7 +15,6 @@ from pathlib import Path
 import cv2
 import duckdb
 import jinja2
-import pyarrow.types as types
 import simplejpeg
 
 from . import scores
@@ -26,11 +25,11 @@ from .ingest import sources
 from .jobs import error_class, timed
 from .query import database
 from .score import metric_table, read_image, scores_table
-from .selection import ranges, rules, selection
+from .selection import DUPLICATE, REPLACED, is_number, quoted, ranges, rules, selection
+from .shards import stated
 from .storage import Folder
 from .tables import QUARANTINE, Table, digest
 from .tile import tiles
-from .verify import stated
 
 PAGE, STATE = "corpus.html", "corpus.inputs.json"
 KEPT_SHOWN, REASON_SHOWN, CLUSTERS_SHOWN, ERRORS_SHOWN, SHARDS_SHOWN = 30, 10, 12, 5, 100
@@ -41,7 +40,7 @@ BINS = 40
 def write_report(workspace: Folder, corpus: Corpus) -> str:
     """Writes `reports/corpus.html` unless it is up to date; returns where it is."""
     folder, tables = workspace / "reports", all_tables(workspace, corpus)
-    inputs = digest(3, corpus.model_dump(), stated(workspace),
+    inputs = digest(4, corpus.model_dump(), stated(workspace / "shards"),
                     {name: sorted((k, p.content) for k, p in table.parts().items()) for name, table in tables.items()})
     with contextlib.suppress(FileNotFoundError, ValueError):
         if folder.exists(PAGE) and json.loads(folder.read(STATE)) == inputs:
@@ -91,30 +90,39 @@ class Page:
         unfetched = self.one("select count(*) from quarantine_fetch")
         listed = self.one("select count(*) from sources") + unfetched
         steps, left = [{"name": "listed", "left": listed, "gone": 0, "kind": "stage"}], listed
-        losses = [("not fetched", unfetched, "error"),
-                  ("not decodable", self.one("select count(*) from quarantine_score"), "error")]
-        counts = {r["reason"]: r["count"] for r in
-                  self.rows("select reason, count(*) as count from selection where not kept group by reason")}
-        losses += [(reason, counts[reason], "rule") for reason in ["replaced", *rules(self.corpus), "duplicate"]
-                   if reason in counts]
+        undecodable = self.one("select count(*) from quarantine_score")
+        judged = self.one("select count(*) from selection")
+        losses = [("not fetched", unfetched, "error"), ("not decodable", undecodable, "error"),
+                  *((reason, count, "rule") for reason, count in self.reasons()),
+                  ("not scored or selected yet", listed - unfetched - undecodable - judged, "rule")]
         for name, gone, kind in losses:
             left -= gone
             if gone:
                 steps.append({"name": name, "left": left, "gone": gone, "kind": kind})
         return [*steps, *self._outcome()]
 
+    def reasons(self) -> list[tuple[str, int]]:
+        """How many images each reason took, in the order in which the rules are asked."""
+        order = [REPLACED, *rules(self.corpus), DUPLICATE]
+        counts = {r["reason"]: r["count"] for r in
+                  self.rows("select reason, count(*) as count from selection where not kept group by reason")}
+        # What no rule says now is of an earlier corpus.yaml: the selection is behind.
+        return [(reason, counts[reason]) for reason in [*order, *sorted(set(counts) - set(order))] if reason in counts]
+
     def _outcome(self) -> list[dict]:
         kept = self.one("select count(*) from selection where kept")
+        failed = self.one("select count(*) from quarantine_tile")
         without = self.one("select count(*) from tiles where len(tiles) = 0")
         samples = self.one("select sum(len(tiles)) from tiles")
-        return [{"name": "kept images", "left": kept, "gone": 0, "kind": "stage"},
-                {"name": "without a tile of enough texture", "left": kept - without, "gone": without, "kind": "rule"},
+        lost = {"name": "not readable any more", "left": kept - failed, "gone": failed, "kind": "error"}
+        return [{"name": "kept images", "left": kept, "gone": 0, "kind": "stage"}, *([lost] if failed else []),
+                {"name": "without a tile of enough texture", "left": kept - failed - without, "gone": without,
+                 "kind": "rule"},
                 {"name": "samples (tiles)", "left": samples, "gone": 0, "kind": "samples"}]
 
     def facts(self) -> list[dict]:
         """A histogram of every numeric fact and metric: all images and the kept ones, and the thresholds."""
-        columns = [(f.name, f'"{f.name}"', f.unit, f.description, "scores") for f in scores.FACTS
-                   if (types.is_floating(f.type) or types.is_integer(f.type)) and not f.name.startswith("phash")]
+        columns = [(f.name, f'"{f.name}"', f.unit, f.description, "scores") for f in scores.FACTS if is_number(f)]
         columns += [(m.name, '"value"', "", f"{m.kind} {m.model}", f"metric_{m.name}")
                     for m in self.corpus.score.metrics]
         limits = ranges(self.corpus)
@@ -147,13 +155,9 @@ class Page:
 
     def rejected(self) -> list[dict]:
         """Per reason, in the order of the rules: how many, and some of them."""
-        counts = {r["reason"]: r["count"] for r in
-                  self.rows("select reason, count(*) as count from selection where not kept group by reason")}
-        order = ["replaced", *rules(self.corpus), "duplicate"]
-        return [{"reason": reason, "count": counts[reason], "rule": rules(self.corpus).get(reason, ""),
-                 "pictures": self.pictures("where reason = '" + reason.replace("'", "''")
-                                           + f"' order by md5(uid) limit {REASON_SHOWN}")}
-                for reason in order if reason in counts]
+        return [{"reason": reason, "count": count, "rule": rules(self.corpus).get(reason, ""),
+                 "pictures": self.pictures(f"where reason = {quoted(reason)} order by md5(uid) limit {REASON_SHOWN}")}
+                for reason, count in self.reasons()]
 
     def pictures(self, condition: str) -> list[dict]:
         rows = self.rows(f"""select sources.*, scores.width, scores.height from (select * from selection {condition}) s
@@ -182,12 +186,12 @@ class Page:
                                order by count desc, stage, error""")
         for row in classes:
             row["examples"] = self.rows(
-                f"""select name, message from quarantine where stage = '{row['stage']}' and
-                    error = '{row['error'].replace("'", "''")}' order by ref limit {ERRORS_SHOWN}""")
+                f"""select name, message from quarantine where stage = {quoted(row['stage'])} and
+                    error = {quoted(row['error'])} order by ref limit {ERRORS_SHOWN}""")
         return classes
 
     def shards(self) -> dict:
-        known = stated(self.workspace)
+        known = stated(self.workspace / "shards")
         rows = [{"name": name} | shard for name, shard in sorted(known.items())]
         return {"count": len(rows), "samples": sum(r["samples"] for r in rows), "bytes": sum(r["bytes"] for r in rows),
                 "rows": rows[:SHARDS_SHOWN]}

@@ -23,11 +23,15 @@ from .decode import decode, read_header
 from .jobs import Job, Outcome, Unit, attempt, tally
 from .plan import plan
 from .score import read_image
-from .storage import Folder
+from .storage import Folder, WorkspaceError
 from .tables import INDEX, QUARANTINE, Part, Table
 from .tar import TarWriter
 
 CORPUS = "corpus.json"
+
+
+class DamagedIndex(WorkspaceError):
+    """An index that is not what was written."""
 
 
 class SourceChanged(ValueError):
@@ -172,20 +176,42 @@ def index_bytes(writer: TarWriter, plan_digest: str) -> pa.Buffer:
 
 
 def read_index(folder: Folder, shard: str) -> tuple[pa.Table, dict[str, str]]:
-    """The index of a shard and what it says of the whole tar."""
-    table = pq.read_table(pa.BufferReader(folder.read(f"{shard}.index.parquet")))
-    return table, {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    """The index of a shard and what it says of the whole tar: plan, bytes, xxh3.
+
+    Raises:
+        DamagedIndex: it cannot be read.
+        FileNotFoundError, OSError: as the storage answers.
+    """
+    name = f"{shard}.index.parquet"
+    data = folder.read(name)
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        return table, {about: table.schema.metadata[about.encode()].decode() for about in ("plan", "bytes", "xxh3")}
+    except (pa.ArrowException, OSError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise DamagedIndex(f"{name} is damaged ({error}); `clearshard verify` says what mends it") from error
 
 
 def written(folder: Folder) -> dict[str, str]:
-    """Which shards are complete, and the digest of the plan that each was made from.
+    """Which shards are complete, and the digest of the plan that each was made from ("": cannot be read).
 
     `corpus.json` knows those of the last finished run; only the others' indexes are opened.
     """
-    names = set(folder.names())
+    names, known = set(folder.names()), stated(folder)
     complete = [n.removesuffix(".index.parquet") for n in names if n.endswith(".index.parquet")]
-    known = {}
-    if CORPUS in names:
-        known = {name: shard["plan"] for name, shard in json.loads(folder.read(CORPUS))["shards"].items()}
-    return {shard: known.get(shard) or read_index(folder, shard)[1]["plan"]
+    return {shard: known[shard]["plan"] if shard in known else _plan_of(folder, shard)
             for shard in complete if f"{shard}.tar" in names}
+
+
+def _plan_of(folder: Folder, shard: str) -> str:
+    try:
+        return read_index(folder, shard)[1]["plan"]
+    except DamagedIndex:
+        return ""
+
+
+def stated(folder: Folder) -> dict[str, dict]:
+    """What `corpus.json` says of each shard; {} before the first corpus is finished, and if it is damaged."""
+    try:
+        return json.loads(folder.read(CORPUS))["shards"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}

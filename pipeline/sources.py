@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -52,7 +53,7 @@ def list_source(source: Source, problem: Problems) -> Iterator[dict]:
         yield _row(source, source.uri, name=source.uri)
         return
     found = False
-    for uri, size, modified in _files(source, problem):
+    for uri, size, modified in _without_sidecars(_files(source, problem)):
         found = True
         kind = source.kind if source.kind != "auto" else _kind(uri)
         named = uri == normalise(source.uri) or any(c in source.uri for c in "*?[")
@@ -66,6 +67,14 @@ def list_source(source: Source, problem: Problems) -> Iterator[dict]:
     if not found:
         raise ConfigError(f"source {source.uri!r} holds no files. Check the path, the pattern and, for object "
                           "stores, the credentials of every node.")
+
+
+def _without_sidecars(entries: Iterator[tuple]) -> Iterator[tuple]:
+    """Leaves out `a.txt` and `a.json` where there is an `a.jpg`: they describe it and are no broken images."""
+    for _, group in groupby(entries, key=lambda entry: os.path.splitext(entry[0])[0]):
+        group = list(group)
+        described = any(not entry[0].lower().endswith(SIDECARS) for entry in group)
+        yield from (entry for entry in group if not (described and entry[0].lower().endswith(SIDECARS)))
 
 
 def _unless_damaged(rows: Iterator[dict], uri: str, problem: Problems) -> Iterator[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from .ingest import Ingested, ingest
 from .jobs import Estimate, Job, estimate, limited
 from .manifest import publish
 from .metrics import missing
-from .plan import PlanJob
+from .plan import PlanJob, plan
 from .score import MetricJob, ScoreJob
-from .selection import SelectJob, rules
+from .selection import SelectJob, check_rules
 from .shards import CORPUS, ShardJob
 from .storage import Folder
 from .tile import TileJob
+from .verify import manifest_problems
 
 
 class Show:
@@ -120,7 +122,7 @@ def run_dedup(session: Session) -> None:
 
 
 def run_select(session: Session) -> None:
-    rules(session.corpus)       # names that do not exist are refused before anything starts
+    check_rules(session.corpus)     # refused before anything starts
     session.run(SelectJob(session.workspace, session.corpus))
 
 
@@ -132,12 +134,17 @@ def run_shard(session: Session) -> None:
     """The plan, the tars, and when all are there the manifest and `corpus.json`."""
     session.run(PlanJob(session.workspace, session.corpus))
     job = ShardJob(session.workspace, session.corpus, session.rewrite)
-    folder = session.workspace / "shards"
+    folder, planned = session.workspace / "shards", plan(session.workspace).parts()
+    for shard in session.rewrite:
+        if shard not in planned:
+            near = difflib.get_close_matches(shard, planned, n=1) or sorted(planned)[:3]
+            raise ConfigError(f"--rewrite: no shard is named {shard!r}; there are: {', '.join(near) or 'none'}")
     pending = job.pending()
     if pending and not session.dry_run:
         folder.delete(CORPUS)       # it vouches for indexes that are about to change
     session.run(job)
-    if session.dry_run or folder.exists(CORPUS):
+    finished = folder.exists(CORPUS) and not any(manifest_problems(session.workspace))
+    if session.dry_run or finished:
         return
     left = len(job.pending())
     if left:

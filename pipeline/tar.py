@@ -15,6 +15,7 @@ import xxhash
 BLOCK = 512
 END = bytes(2 * BLOCK)
 LARGEST = 8**11 - 1     # the size field has eleven octal digits: 8 GiB
+MOST_PIECES = 1024      # that Linux takes in one gathered write (IOV_MAX); what is over goes the slow way
 _TEMPLATE = (b"%b" + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" + b"00000000000\0" + b"        " + b"0"
              + bytes(100) + b"ustar\x0000" + bytes(32 + 32) + b"0000000\0" * 2 + bytes(155 + 12))
 
@@ -64,14 +65,20 @@ class TarWriter:
             os.close(self.descriptor)
 
     def add(self, members: list[tuple[str, bytes]]) -> None:
-        """Appends the members of one sample with one system call."""
-        pieces = []
+        """Appends the members of one sample with one system call.
+
+        Raises:
+            ValueError: a name or size that does not fit in a header; nothing is appended then.
+        """
+        pieces, places, size = [], [], self.size
         for name, data in members:
             padding = -len(data) % BLOCK
-            self.members.append(Member(name, self.size + BLOCK, len(data), xxhash.xxh3_128_hexdigest(data)))
             pieces += [header(name, len(data)), data, bytes(padding)]
-            self.size += BLOCK + len(data) + padding
+            places.append(Member(name, size + BLOCK, len(data), xxhash.xxh3_128_hexdigest(data)))
+            size += BLOCK + len(data) + padding
         self._write(pieces)
+        self.members += places
+        self.size = size
 
     @property
     def xxh3(self) -> str:
@@ -82,7 +89,7 @@ class TarWriter:
         wanted = sum(map(len, pieces))
         for piece in pieces:
             self._hash.update(piece)
-        written = os.writev(self.descriptor, pieces)
+        written = os.writev(self.descriptor, pieces[:MOST_PIECES])
         if written < wanted:        # a full disk may take a part; the rest then raises
             rest = memoryview(b"".join(pieces))[written:]
             while rest:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
@@ -17,13 +19,23 @@ from .ingest import sources
 from .jobs import Job, Outcome, Unit
 from .manifest import MANIFEST
 from .plan import plan
-from .score import scores_table
-from .shards import CORPUS, read_index
+from .score import ScoreJob
+from .shards import DamagedIndex, read_index, stated
 from .storage import Folder, filesystem
-from .tables import QUARANTINE, Table, rows_of
+from .tables import QUARANTINE, Part, Table, rows_of
 
-RERUN = "clearshard run {workspace}"
-REWRITE = "clearshard shard {workspace} --rewrite {shard}"
+
+def rerun(workspace: Folder) -> str:
+    return f"clearshard run {shlex.quote(str(workspace))}"
+
+
+def rewrite(workspace: Folder, shard: str) -> str:
+    return f"clearshard shard {shlex.quote(str(workspace))} --rewrite {shard}"
+
+
+def delete(folder: Folder, name: str) -> str:
+    program = {"file": "rm", "s3": "aws s3 rm", "gs": "gcloud storage rm"}.get(folder.uri.split(":")[0], "delete")
+    return f"{program} {shlex.quote(str(folder / name))}"
 
 
 @dataclass
@@ -39,7 +51,7 @@ class VerifyJob(Job):
     name = "verify"
 
     def pending(self) -> list[Unit]:
-        samples = stated(self.workspace)
+        samples = stated(self.workspace / "shards")
         return [Unit(shard, samples.get(shard, {}).get("samples", 1), part.inputs, {"plan": part})
                 for shard, part in sorted(plan(self.workspace).parts().items())]
 
@@ -58,6 +70,8 @@ class VerifyJob(Job):
                         *self._tar_problems(folder, unit.key, members, about)]
         except FileNotFoundError as error:
             problems, about = [f"its tar or index is missing ({error})"], {"bytes": "0"}
+        except DamagedIndex as error:
+            problems, about = [f"its index is damaged ({error.__cause__})"], {"bytes": "0"}
         except (tarfile.TarError, OSError) as error:
             problems, about = [f"its tar cannot be read ({error})"], {"bytes": "0"}
         counted = {f"{unit.key}: {problem}": 1 for problem in problems}
@@ -83,11 +97,11 @@ class VerifyJob(Job):
             stream = Hashed(file)
             with tarfile.open(fileobj=stream, mode="r|") as tar:
                 for member in tar:
-                    row = members.pop(member.name, None)
-                    yield from self._member_problems(member, tar.extractfile(member).read(), row)
+                    row, file = members.pop(member.name, None), tar.extractfile(member)
+                    yield from self._member_problems(member, file.read() if file else b"", row)
             stream.drain()
-        for name in members:
-            yield f"{name} is in the index and not in the tar"
+        if members:
+            yield f"{len(members)} members of the index are not in the tar, {min(members)} for one"
         if (str(stream.size), stream.hash.hexdigest()) != (about["bytes"], about["xxh3"]):
             yield f"its bytes differ from those written ({stream.size} now, {about['bytes']} then)"
 
@@ -128,56 +142,64 @@ class Hashed:
             pass
 
 
-def stated(workspace: Folder) -> dict[str, dict]:
-    """What `corpus.json` says of each shard; {} before the first corpus is finished."""
-    try:
-        return json.loads((workspace / "shards").read(CORPUS))["shards"]
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def table_problems(workspace: Folder) -> list[tuple[str, str]]:
+def table_problems(workspace: Folder, corpus: Corpus) -> list[tuple[str, str]]:
     """(problem, command that mends it) of tables, manifest and `corpus.json`; a row for each source row."""
-    found = []
-    scored, refused = scores_table(workspace), Table(workspace / "quarantine" / "score", QUARANTINE)
-    scored_parts, refused_parts, fetched = scored.parts(), refused.parts(), links_keys(workspace)
+    return [*_score_problems(workspace, corpus), *manifest_problems(workspace),
+            *((f"{name} belongs to no plan", delete(workspace / "shards", name)) for name in _strange(workspace))]
+
+
+def _score_problems(workspace: Folder, corpus: Corpus) -> Iterator[tuple[str, str]]:
+    job = ScoreJob(workspace, corpus.score)
+    done, refused = job.output.parts(), job.quarantine.parts()
+    pending, fetched = {unit.key for unit in job.pending()}, _fetched_keys(workspace)
     for key in sources(workspace).parts():
-        if key not in scored_parts:
-            found.append((f"scores: part {key} is not scored", RERUN))
+        if key not in done:
+            yield f"scores: part {key} is not scored", rerun(workspace)
             continue
-        rows = count(scored, scored_parts[key]) + (count(refused, refused_parts[key]) if key in refused_parts else 0)
+        rows, again = 0, rerun(workspace)
+        if key not in pending:      # it passes for done, so it must go before it is made again
+            again = f"{delete(job.output.folder, done[key].file)} && {again}"
+        try:
+            rows = _count(job.output, done[key]) + (_count(job.quarantine, refused[key]) if key in refused else 0)
+        except (pa.ArrowException, OSError) as error:
+            yield f"scores: part {key} cannot be read: {error}", again
+            continue
         if rows != rows_of(key) and key not in fetched:
-            found.append((f"scores: part {key} accounts for {rows} of {rows_of(key)} rows", RERUN))
-    return found + list(_manifest_problems(workspace))
+            yield f"scores: part {key} accounts for {rows} of {rows_of(key)} rows", again
 
 
-def count(table: Table, part: object) -> int:
+def _count(table: Table, part: Part) -> int:
     fs, path = filesystem((table.folder / part.file).uri)
     with fs.open_input_file(path) as file:
         return pq.read_metadata(file).num_rows
 
 
-def links_keys(workspace: Folder) -> set[str]:
+def _fetched_keys(workspace: Folder) -> set[str]:
     """Parts whose rows were fetched: what did not arrive is in the quarantine of `fetch`."""
     return {name.split("~")[0] for name in (workspace / "links").names()}
 
 
-def _manifest_problems(workspace: Folder) -> Iterator[tuple[str, str]]:
-    folder, said, planned = workspace / "shards", stated(workspace), set(plan(workspace).parts())
+def manifest_problems(workspace: Folder) -> Iterator[tuple[str, str]]:
+    """Whether manifest and `corpus.json` are there and agree with each other and the plans; one file is opened."""
+    folder, said, planned = workspace / "shards", stated(workspace / "shards"), set(plan(workspace).parts())
     if not planned:
         return
     if set(said) != planned:
-        yield f"corpus.json names {len(said)} shards, planned are {len(planned)}", RERUN
-    for name in folder.names():
-        if name.endswith(".tar") and name.removesuffix(".tar") not in planned:
-            yield f"{name} belongs to no plan; delete it or move it elsewhere", RERUN
+        yield f"corpus.json names {len(said)} shards, planned are {len(planned)}", rerun(workspace)
     try:
         fs, path = filesystem((folder / MANIFEST).uri)
         with fs.open_input_file(path) as file:
             rows = pq.read_metadata(file).num_rows
-    except (FileNotFoundError, OSError) as error:
-        yield f"{MANIFEST} cannot be read: {error}", RERUN
+    except (pa.ArrowException, OSError) as error:
+        yield f"{MANIFEST} cannot be read: {error}", rerun(workspace)
         return
     samples = sum(shard["samples"] for shard in said.values())
-    if rows != samples:
-        yield f"{MANIFEST} has {rows} rows, the shards have {samples} samples", RERUN
+    if said and rows != samples:
+        yield f"{MANIFEST} has {rows} rows, the shards have {samples} samples", rerun(workspace)
+
+
+def _strange(workspace: Folder) -> list[str]:
+    """Tars and indexes among the shards that no plan asks for."""
+    planned = set(plan(workspace).parts())
+    return [name for name in (workspace / "shards").names()
+            if name.endswith((".tar", ".index.parquet")) and name.split(".")[0] not in planned]

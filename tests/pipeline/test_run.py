@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.cluster import JobStopped
 from pipeline.plan import captions
+from pipeline.score import metric_table
 from pipeline.storage import Folder
 from tests.conftest import configure, photograph, rows_of_table, tars
 
@@ -202,6 +203,21 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take(tmp_path, pile, ru
     line = run(workspace, "score", dry_run=True)[0]
     assert "11 rows pending" in line and "ms each" in line
     assert sorted(workspace.rglob("*")) == before
+
+
+def test_an_optional_metric_is_computed_once_and_can_decide(tmp_path, pile, run):
+    pytest.importorskip("pyiqa")
+    metric = "score: {metrics: [{name: piqe, kind: pyiqa, model: piqe, device: cpu, size: 128}]}\n"
+    workspace = configure(tmp_path / "w", pile, extra=metric)
+    assert any(line.startswith("metric-piqe: 8 rows") for line in run(workspace))
+    values = metric_table(Folder.at(str(workspace)), "piqe").dataset().to_table()["value"].to_pylist()
+    limit = sorted(values)[3] + 1e-6
+    text = (workspace / "corpus.yaml").read_text()
+    text = text.replace("min_side: 256", f"min_side: 1, metrics: {{piqe: {{max: {limit}}}}}")
+    (workspace / "corpus.yaml").write_text(text)
+    assert "metric-piqe: nothing to do" in run(workspace)
+    reasons = [row["reason"] for row in rows_of_table(workspace, "selection")]
+    assert reasons.count("piqe_high") == sum(value > limit for value in values) > 0
 
 
 def test_groups_make_their_own_shards(tmp_path, pile, run):

@@ -70,6 +70,12 @@ def test_links_are_followed_once_and_a_loop_ends(tmp_path):
     assert names(listed(tmp_path, follow_links=False)[0]) == ["a.jpg"]
 
 
+def test_files_that_describe_an_image_beside_them_are_no_images(tmp_path):
+    for name in ("a.jpg", "a.txt", "a.json", "b.txt", "c-1.jpg", "c.JPG", "c.xmp"):
+        (tmp_path / name).write_bytes(b"x")
+    assert names(listed(tmp_path)[0]) == ["a.jpg", "b.txt", "c-1.jpg", "c.JPG"]
+
+
 def test_a_changed_file_gets_a_new_ref_and_an_unchanged_one_keeps_it(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"one")
     first = listed(tmp_path)[0][0]["ref"]
