@@ -144,12 +144,25 @@ def load(workspace: Folder) -> Corpus:
     return parse(text, str(workspace / NAME))
 
 
+class OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that is written twice is a mistake; PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse(text: str, where: str = NAME) -> Corpus:
     """Checks the text of a configuration; `where` names it in errors."""
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, OnceLoader) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from None
+        raise ConfigError(f"{where} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of keys to values, and is a {type(values).__name__}")
     try:

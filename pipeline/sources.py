@@ -164,10 +164,10 @@ def _walk_local(top: str, follow_links: bool, problem: Problems) -> Iterator[tup
         for entry in entries:
             if entry.name.startswith(".") or (entry.is_symlink() and not follow_links):
                 continue
-            if entry.is_dir():
-                folders.append(entry.path)
-                continue
             try:
+                if entry.is_dir():
+                    folders.append(entry.path)
+                    continue
                 status = entry.stat()
             except OSError:     # a link to nowhere or in a loop: listed, so that reading it says what is wrong
                 status = entry.stat(follow_symlinks=False)
@@ -294,6 +294,10 @@ def _from_values(source: Source, table: str, values: dict, columns: dict[str, st
 def _travelling(values: dict, columns: dict[str, str]) -> dict[str, object]:
     roles = {role: values[name] for role, name in columns.items()
              if role in ("licence", "author", "group", "text") and values.get(name)}
+    if "group" in roles:
+        # It becomes the name of files, so a table from anywhere may not choose it freely.
+        group = re.sub(r"[^a-z0-9_]+", "_", str(roles.pop("group")).lower()).strip("_")
+        roles |= {"group": group} if group else {}
     rest = {k: v for k, v in values.items() if k not in columns.values() and _plain(v)}
     return roles | {"extra": json.dumps(rest, sort_keys=True, default=str) if rest else None}
 

@@ -146,7 +146,7 @@ def run_shard(session: Session) -> None:
     finished = folder.exists(CORPUS) and not any(manifest_problems(session.workspace))
     if session.dry_run or finished:
         return
-    left = len(job.pending())
+    left = len(ShardJob(session.workspace, session.corpus).pending())
     if left:
         session.show.say(f"shard: {left} shards are still pending; manifest and corpus.json follow with the last")
         return

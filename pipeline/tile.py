@@ -18,7 +18,7 @@ from .storage import Folder
 from .tables import QUARANTINE, TILES, Part, Table
 
 TEXTURE_BLOCK = 32      # pixels; a face's skin is flat at this size, hair and eyes are not
-TEXTURE_LEVEL = 4.0     # grey levels of mean Sobel response per pixel that noise alone does not reach
+TEXTURE_LEVEL = 4.0     # mean Sobel response, 2.8 times sigma for white noise: what it alone reaches at sigma 1.4
 
 
 def tiles(workspace: Folder) -> Table:
