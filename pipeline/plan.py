@@ -20,7 +20,7 @@ from .jobs import Job, Outcome, Unit
 from .query import cut, database
 from .score import SCORES, scores_table
 from .storage import Folder
-from .tables import CAPTIONS, PLAN, Part, Table, digest, digest_table, rows_of
+from .tables import CAPTIONS, PLAN, Part, Table, contents, digest, digest_table, rows_of
 from .tile import tiles
 
 STATE = "state.json"
@@ -49,13 +49,12 @@ class PlanJob(Job):
                 "scores": scores_table(self.workspace), "captions": captions(self.workspace)}
 
     def pending(self) -> list[Unit]:
-        contents = {name: sorted((k, p.content) for k, p in table.parts().items())
-                    for name, table in self.tables().items()}
-        expected = digest(self.name, 1, contents, self.corpus.shard.model_dump())
+        held = contents(self.tables())
+        expected = digest(self.name, 1, held, self.corpus.shard.model_dump())
         with contextlib.suppress(FileNotFoundError, ValueError):
             if json.loads(plan(self.workspace).folder.read(STATE))["inputs"] == expected:
                 return []
-        rows = sum(rows_of(key) for key, _ in contents["tiles"])
+        rows = sum(rows_of(key) for key, _ in held["tiles"])
         return [Unit("all", rows, expected)] if rows or plan(self.workspace).parts() else []
 
     def tidy(self) -> None:

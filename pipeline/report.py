@@ -28,7 +28,7 @@ from .score import metric_table, read_image, scores_table
 from .selection import DUPLICATE, REPLACED, is_number, quoted, ranges, rules, selection
 from .shards import stated
 from .storage import Folder
-from .tables import QUARANTINE, Table, digest
+from .tables import QUARANTINE, Table, contents, digest
 from .tile import tiles
 
 PAGE, STATE = "corpus.html", "corpus.inputs.json"
@@ -41,7 +41,7 @@ def write_report(workspace: Folder, corpus: Corpus) -> str:
     """Writes `reports/corpus.html` unless it is up to date; returns where it is."""
     folder, tables = workspace / "reports", all_tables(workspace, corpus)
     inputs = digest(4, corpus.model_dump(), stated(workspace / "shards"),
-                    {name: sorted((k, p.content) for k, p in table.parts().items()) for name, table in tables.items()})
+                    contents(tables))
     with contextlib.suppress(FileNotFoundError, ValueError):
         if folder.exists(PAGE) and json.loads(folder.read(STATE)) == inputs:
             return str(folder / PAGE)

@@ -17,7 +17,7 @@ from .jobs import Job, Outcome, Unit
 from .query import cut, database
 from .score import METRIC, SCORES, metric_table, scores_table
 from .storage import Folder
-from .tables import DUPLICATES, SELECTION, SOURCES, Part, Table, digest, rows_of
+from .tables import DUPLICATES, SELECTION, SOURCES, Part, Table, contents, digest, rows_of
 
 # Ranges of facts that hold unless `select.facts` says otherwise; docs/scores.md shows on what they were judged.
 DEFAULTS: dict[str, Range] = {
@@ -173,12 +173,11 @@ class SelectJob(Job):
                 "duplicates": duplicates(self.workspace)} | metrics
 
     def pending(self) -> list[Unit]:
-        contents = {name: sorted((k, p.content) for k, p in table.parts().items())
-                    for name, table in self.tables().items()}
-        if not contents["scores"]:
+        held = contents(self.tables())
+        if not held["scores"]:
             return []
-        expected, done = digest(query(self.corpus), contents), selection(self.workspace).parts()
-        missing = [key for key, _ in contents["scores"] if key not in done or done[key].inputs != expected]
+        expected, done = digest(query(self.corpus), held), selection(self.workspace).parts()
+        missing = [key for key, _ in held["scores"] if key not in done or done[key].inputs != expected]
         return [Unit("all", sum(map(rows_of, missing)), expected)] if missing else []
 
     def tidy(self) -> None:

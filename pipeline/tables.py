@@ -144,6 +144,11 @@ def rows_of(key: str) -> int:
     return int(key.split("-")[1])
 
 
+def contents(tables: dict[str, Table]) -> dict[str, list[tuple[str, str]]]:
+    """What tables hold now, by the names of their parts: equal contents, equal rows."""
+    return {name: sorted((key, part.content) for key, part in table.parts().items()) for name, table in tables.items()}
+
+
 @dataclass(frozen=True)
 class Table:
     """A folder of parts with one schema."""

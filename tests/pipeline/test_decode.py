@@ -21,14 +21,6 @@ PILLOW_NAMES = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "a
                 "bmp": "BMP", "jpeg2000": "JPEG2000", "ppm": "PPM"}  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the development images are not here: no folder shared/data beside the repository")
-    return folder
-
-
 def scene(height: int = 96, width: int = 128) -> np.ndarray:
     """(H, W, 3) uint8 with smooth areas, edges and some noise; no two corners alike."""
     rng = np.random.default_rng(5)
@@ -95,8 +87,8 @@ def test_lossy_photographs_come_out_upright(orientation, format):
     assert np.abs(decode(data).astype(int) - upright).mean() < 6
 
 
-def test_the_eight_orientations_of_one_photograph_are_one_picture(shared_data):
-    files = sorted((shared_data / "corpus/odd/orientation").glob("*_[1-8].jpg"))
+def test_the_eight_orientations_of_one_photograph_are_one_picture(shared):
+    files = sorted((shared / "corpus/odd/orientation").glob("*_[1-8].jpg"))
     pictures = [decode(path.read_bytes()).astype(int) for path in files]
     assert len(pictures) == 8
     for picture in pictures[1:]:
@@ -372,9 +364,9 @@ def test_nothing_is_printed_about_a_damaged_tiff():
     assert done.stderr == b""
 
 
-def test_every_odd_file_decodes_or_is_refused(shared_data):
+def test_every_odd_file_decodes_or_is_refused(shared):
     decoded, reasons = 0, set()
-    for path in sorted((shared_data / "corpus/odd").rglob("*.*")):
+    for path in sorted((shared / "corpus/odd").rglob("*.*")):
         data = path.read_bytes()
         try:
             picture = decode(data)

@@ -2,7 +2,6 @@
 
 import hashlib
 from io import BytesIO
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,17 +19,9 @@ from pipeline.scores import FACTS, SCORES_VERSION, score
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the development images are not here: no folder shared/data beside the repository")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def photographs(shared_data) -> list[np.ndarray]:
+def photographs(shared) -> list[np.ndarray]:
     """Real photographs of about 480x320, taken down from larger ones: sharp at every pixel."""
-    files = sorted((shared_data / "bsds/test").glob("*.jpg"))[:24]
+    files = sorted((shared / "bsds/test").glob("*.jpg"))[:24]
     return [decode(path.read_bytes()) for path in files]
 
 
@@ -235,8 +226,8 @@ def test_enlarged_photographs_are_told_from_native_ones(photographs):
         assert np.median(found) == pytest.approx(factor, rel=0.2)
 
 
-def test_native_photographs_are_seldom_flagged(shared_data):
-    files = [*(shared_data / "corpus/photos").glob("*.jpg"), *(shared_data / "corpus/camera").glob("*.jpg")]
+def test_native_photographs_are_seldom_flagged(shared):
+    files = [*(shared / "corpus/photos").glob("*.jpg"), *(shared / "corpus/camera").glob("*.jpg")]
     values = np.array([score(path.read_bytes())["upscale"] for path in files])
     assert len(values) > 25
     assert (values > 2).sum() == 0 and (values > 1.6).mean() < 0.15
