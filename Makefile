@@ -18,7 +18,7 @@ demo: install
 	$(VENV)/bin/clearshard demo demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 slow: install
 	$(VENV)/bin/python -m pytest -m slow

@@ -196,7 +196,11 @@ def _raster(data: bytes, limits: Limits, fast: bool) -> Raster:
                 image = Image.fromarray(255 - _jpeg(data, "CMYK", fast), "CMYK")
             else:
                 _load(image, header.format)
-            pixels, profile = np.array(flattened(image, profile)), None
+            if image.mode in ("1", "L") and not profile and "transparency" not in image.info:
+                # What `flattened` gives, without carrying three channels through Pillow.
+                pixels = cv2.cvtColor(np.asarray(image.convert("L")), cv2.COLOR_GRAY2RGB)
+            else:
+                pixels, profile = np.array(flattened(image, profile)), None
     orientation = 1 if header.format == "tiff" else header.orientation  # Pillow turns TIFF while loading
     stored = (header.height, header.width) if orientation < 5 else (header.width, header.height)
     if pixels.shape != (*stored, 3):

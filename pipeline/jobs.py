@@ -171,13 +171,8 @@ class RowJob(Job):
         """The CONTENT digest of a part, where less than all columns matters downstream."""
         return None
 
-    @contextlib.contextmanager
-    def _runner(self, isolate: bool) -> Iterator[Callable[[dict], dict]]:
-        if isolate:
-            with Isolated(self.process, self.row_timeout_s) as call:
-                yield call
-        else:
-            yield lambda row: timed(self.process, row, self.row_timeout_s)
+    def _runner(self, isolate: bool) -> contextlib.AbstractContextManager[Callable[[dict], dict]]:
+        return (Isolated if isolate else Timed)(self.process, self.row_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -217,27 +212,43 @@ def tally(failures: list[dict]) -> dict[str, int]:
     return counts
 
 
-def timed(process: Callable[[dict], dict], row: dict, limit_s: float) -> dict:
-    """Calls `process` with a time limit.
+class Timed:
+    """`with Timed(process, limit_s) as call: call(row)`: each call ends within a time limit.
 
-    A signal interrupts Python code. A decoder that hangs in C does not see it: then the process ends
-    itself half as long again after the limit, and the unit is repeated in isolation.
+    A signal interrupts Python code. A decoder that hangs in C does not see it: then the process ends itself
+    a while after the limit, and the unit is repeated in isolation. Off the main thread there is no limit.
+
+    Raises (by `call`):
+        RowTimeout: the limit was reached.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return process(row)
 
-    def interrupt(*_: object) -> None:
-        raise RowTimeout(f"took longer than {limit_s:g} seconds")
+    def __init__(self, process: Callable[[dict], dict], limit_s: float):
+        self.process, self.limit_s, self.armed = process, limit_s, 0.0
+        self.able = threading.current_thread() is threading.main_thread()
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    faulthandler.dump_traceback_later(1.5 * limit_s, exit=True)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    try:
-        return process(row)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, previous)
+    def __enter__(self) -> Callable[[dict], dict]:
+        if self.able:
+            self.previous = signal.signal(signal.SIGALRM, self._interrupt)
+        return self._call if self.able else self.process
+
+    def __exit__(self, *_: object) -> None:
+        if self.able:
+            faulthandler.cancel_dump_traceback_later()
+            signal.signal(signal.SIGALRM, self.previous)
+
+    def _interrupt(self, *_: object) -> None:
+        raise RowTimeout(f"took longer than {self.limit_s:g} seconds")
+
+    def _call(self, row: dict) -> dict:
+        # Arming starts a thread, half a millisecond: done anew only when a quarter of the limit has gone by.
+        if time.monotonic() - self.armed > 0.25 * self.limit_s:
+            faulthandler.dump_traceback_later(1.75 * self.limit_s, exit=True)
+            self.armed = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, self.limit_s)
+        try:
+            return self.process(row)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def limited(units: list[Unit], limit: int | None) -> list[Unit]:

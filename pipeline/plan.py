@@ -20,7 +20,7 @@ from .jobs import Job, Outcome, Unit
 from .query import cut, database
 from .score import SCORES, scores_table
 from .storage import Folder
-from .tables import CAPTIONS, PLAN, Part, Table, contents, digest, digest_table, rows_of
+from .tables import CAPTIONS, PLAN, Part, Table, contents, digest, digest_columns, rows_of
 from .tile import tiles
 
 STATE = "state.json"
@@ -104,8 +104,8 @@ class PlanJob(Job):
 
     def _write(self, table: Table, shard: str, rows: pa.Table, earlier: Part | None) -> int:
         rows = rows.select(PLAN.names).cast(PLAN)
-        inputs = digest(digest_table(rows.select(BYTES)), encoding(self.corpus))
-        content = digest_table(rows)
+        columns = digest_columns(rows)
+        inputs, content = digest([columns[name] for name in BYTES], encoding(self.corpus)), digest(columns)
         if earlier is not None and (earlier.inputs, earlier.content) == (inputs, content):
             return 0
         table.write(shard, inputs, rows, content=content, replaces=earlier)

@@ -22,7 +22,7 @@ from .config import Corpus
 from .decode import decode
 from .dedup import duplicates
 from .ingest import sources
-from .jobs import error_class, timed
+from .jobs import Timed, error_class
 from .query import database
 from .score import metric_table, read_image, scores_table
 from .selection import DUPLICATE, REPLACED, is_number, quoted, ranges, rules, selection
@@ -201,8 +201,8 @@ def thumbnail(row: dict, corpus: Corpus) -> dict:
     """A small picture of a source row as a data URI, or the reason why there is none."""
     about = {"name": row["name"], "size": f"{row['width']} × {row['height']}", "image": None, "problem": None}
     try:
-        made = timed(lambda r: {"jpeg": small(read_image(r, corpus.score.limits.max_bytes), corpus)}, row, 60)
-        about["image"] = "data:image/jpeg;base64," + base64.b64encode(made["jpeg"]).decode()
+        with Timed(lambda r: small(read_image(r, corpus.score.limits.max_bytes), corpus), 60) as make:
+            about["image"] = "data:image/jpeg;base64," + base64.b64encode(make(row)).decode()
     except Exception as error:      # the page must come out whatever became of the files
         about["problem"] = error_class(error)
     return about

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import scores
+from .child import in_child
 from .cluster import Cluster, Totals
 from .config import ConfigError, Corpus
 from .dedup import DedupJob
@@ -90,7 +91,8 @@ class Session:
 def run_ingest(session: Session) -> None:
     """New references, and the bytes of those that lie behind URLs or in tables."""
     started = time.perf_counter()
-    found: Ingested = ingest(session.workspace, session.corpus, session.limit, write=not session.dry_run)
+    # In a child: the listing's memory would otherwise stay with the driver for the rest of the run.
+    found: Ingested = in_child(ingest, session.workspace, session.corpus, session.limit, not session.dry_run)
     problems = f", {found.problems} places could not be listed" if found.problems else ""
     session.show.say(f"ingest: {found.listed} listed, {found.new} new, {found.to_fetch} of them to fetch{problems} "
                      f"({time.perf_counter() - started:.1f} s)")

@@ -112,13 +112,14 @@ def digest(*values: object, length: int = 12) -> str:
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()[:length]
 
 
-def digest_table(table: pa.Table, length: int = 12) -> str:
-    """A digest of a table's rows, independent of how they are chunked."""
-    sink = hashlib.blake2b(digest_size=32)
-    for column in table.column_names:
-        values = table[column].to_pylist()
-        sink.update(json.dumps([column, values], default=str).encode())
-    return sink.hexdigest()[:length]
+def digest_columns(table: pa.Table) -> dict[str, str]:
+    """A digest of each column's values, independent of how they are chunked."""
+    return {name: digest(table[name].to_pylist()) for name in table.column_names}
+
+
+def digest_table(table: pa.Table) -> str:
+    """A digest of a table's rows."""
+    return digest(digest_columns(table))
 
 
 @dataclass(frozen=True)

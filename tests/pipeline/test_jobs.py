@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.cluster import Cluster, JobStopped
 from pipeline.isolation import Isolated, RowCrashed
-from pipeline.jobs import RowJob, RowTimeout, Unit, limited, timed
+from pipeline.jobs import RowJob, RowTimeout, Timed, Unit, limited
 from pipeline.storage import Folder
 from pipeline.tables import QUARANTINE, Table
 
@@ -87,6 +87,7 @@ def test_a_row_that_hangs_is_interrupted(tmp_path, ray_here):
 
 def test_a_row_that_hangs_in_c_is_found_too(tmp_path, ray_here):
     job = job_of(tmp_path, a=["", "hang in C"])
+    job.row_timeout_s = 1.0
     Cluster().run(job, job.pending())
     assert finished(job) == ({"a-0"}, {"a-1": "crashed"})
 
@@ -121,8 +122,10 @@ def test_an_isolated_call_returns_values_and_names_crashes_and_hangs():
 
 
 def test_a_time_limit_interrupts_and_leaves_no_alarm_behind():
-    with pytest.raises(RowTimeout):
-        timed(time.sleep, 5, 0.1)
+    with Timed(time.sleep, 0.1) as call:
+        with pytest.raises(RowTimeout):
+            call(5)
+        assert call(0) is None
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 

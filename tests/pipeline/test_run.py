@@ -12,6 +12,8 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.cluster import JobStopped
+from pipeline.config import load
+from pipeline.ingest import ingest
 from pipeline.plan import captions
 from pipeline.score import metric_table
 from pipeline.storage import Folder
@@ -111,7 +113,8 @@ def test_limit_does_so_many_rows_and_the_next_run_the_rest(tmp_path, pile, run):
 def test_a_limit_within_a_part_is_exact_and_its_rows_are_not_scored_again(tmp_path, pile, run, monkeypatch):
     monkeypatch.setattr("pipeline.ingest.PARTS_WANTED", 1)
     workspace = configure(tmp_path / "w", pile)
-    run(workspace, "ingest")
+    folder = Folder.at(str(workspace))
+    ingest(folder, load(folder))        # in this process, where the patch holds
     assert "score: 3 rows" in run(workspace, "score", limit=3)[0]
     line = run(workspace, "score")[0]
     assert "score: 8 rows" in line and "3 already known" in line
