@@ -34,7 +34,7 @@ class Isolated:
     def _call(self, row: dict) -> dict:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            self.pool.submit(int).result()      # the child's start does not count towards the limit
+            self.pool.submit(callable, self.function).result()      # start and imports do not count towards the limit
         try:
             return self.pool.submit(self.function, row).result(timeout=self.limit_s)
         except BrokenProcessPool:
