@@ -63,7 +63,7 @@ class Terminal(Show):
             self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn(
                 "{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
                 console=console, transient=True)
-            self.task = self.progress.add_task(job.name, total=rows, note="starting")
+            self.task = self.progress.add_task(job.name, total=rows, note="starting Ray and its workers")
             self.progress.start()
 
     def advance(self, totals: Totals) -> None:

@@ -40,7 +40,7 @@ BINS = 40
 def write_report(workspace: Folder, corpus: Corpus) -> str:
     """Writes `reports/corpus.html` unless it is up to date; returns where it is."""
     folder, tables = workspace / "reports", all_tables(workspace, corpus)
-    inputs = digest(4, corpus.model_dump(), stated(workspace / "shards"),
+    inputs = digest(5, corpus.model_dump(), stated(workspace / "shards"),
                     contents(tables))
     with contextlib.suppress(FileNotFoundError, ValueError):
         if folder.exists(PAGE) and json.loads(folder.read(STATE)) == inputs:
@@ -115,9 +115,9 @@ class Page:
         without = self.one("select count(*) from tiles where len(tiles) = 0")
         samples = self.one("select sum(len(tiles)) from tiles")
         lost = {"name": "not readable any more", "left": kept - failed, "gone": failed, "kind": "error"}
+        untiled = {"name": "without a textured tile", "left": kept - failed - without, "gone": without, "kind": "rule"}
         return [{"name": "kept images", "left": kept, "gone": 0, "kind": "stage"}, *([lost] if failed else []),
-                {"name": "without a tile of enough texture", "left": kept - failed - without, "gone": without,
-                 "kind": "rule"},
+                *([untiled] if without else []),
                 {"name": "samples (tiles)", "left": samples, "gone": 0, "kind": "samples"}]
 
     def facts(self) -> list[dict]:
