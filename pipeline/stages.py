@@ -171,7 +171,7 @@ def summary(totals: Totals) -> str:
     if totals.reused:
         text += f", {totals.reused} already known"
     if totals.failed:
-        worst = sorted(totals.errors.items(), key=lambda item: -item[1])
+        worst = sorted(totals.errors.items(), key=lambda item: (-item[1], item[0]))
         text += f", {totals.failed} in quarantine (" + ", ".join(f"{name} {count}" for name, count in worst[:4])
         text += ", …)" if len(worst) > 4 else ")"
     if totals.restarts:
