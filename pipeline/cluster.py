@@ -58,6 +58,7 @@ class Cluster:
         import ray
         if ray.is_initialized():
             return
+        # Ray's coming default, chosen now; it warns at every start otherwise.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.address:

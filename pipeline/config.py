@@ -64,7 +64,7 @@ class Fetch(Strict):
     robots_tags: tuple[str, ...] = Field(
         ("noai", "noimageai", "noindex", "noimageindex"),
         description="refuse images whose X-Robots-Tag has one of these; [] ignores the header")
-    user_agent: str = "clearshard (+https://www.apache.org/licenses/LICENSE-2.0)"
+    user_agent: str = "clearshard"
 
 
 class Score(Strict):

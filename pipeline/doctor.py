@@ -96,7 +96,7 @@ def machine() -> list[Finding]:
     disk = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
     return [
         Finding("ok" if memory > 2 * cores else "note", f"{cores} cores, {memory:.0f} GiB of free memory",
-                "" if memory > 2 * cores else "a 200-megapixel image takes about 2 GiB in a worker: --workers N"),
+                "" if memory > 2 * cores else "a 200-megapixel JPEG takes about 1 GiB in a worker: --workers N"),
         Finding("ok" if disk > 10 else "note", f"{disk:.0f} GiB free in the temporary folder",
                 "" if disk > 10 else "queries spill there; set TMPDIR to a larger disk"),
     ]

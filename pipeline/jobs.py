@@ -163,13 +163,9 @@ class RowJob(Job):
         settings = self.settings_digest()
         if bad:
             self.quarantine.write(unit.key, inputs, bad, replaces=unit.failed, settings=settings)
-        self.output.write(unit.key, inputs, good, content=self.content(good), replaces=unit.earlier, settings=settings)
+        self.output.write(unit.key, inputs, good, replaces=unit.earlier, settings=settings)
         if unit.failed is not None and not bad:
             self.quarantine.folder.delete(unit.failed.file)
-
-    def content(self, rows: list[dict]) -> str | None:
-        """The CONTENT digest of a part, where less than all columns matters downstream."""
-        return None
 
     def _runner(self, isolate: bool) -> contextlib.AbstractContextManager[Callable[[dict], dict]]:
         return (Isolated if isolate else Timed)(self.process, self.row_timeout_s)
