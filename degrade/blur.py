@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator, Field, model_validator
 
 from .canvas import Canvas
+from .filters import filtered, filtered_rows
 from .kernels import factors
 from .keyed import Draws
-from .operator import Frame, NotNegative, Operator, PositiveRange, Probability, Range, Step, Weights
+from .operator import Frame, NotNegative, Operator, PositiveRange, Probability, Range, Step, Weights, as_float
+from .resize import Resize, row_taps
 
 Kind = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "motion"]
 
@@ -39,7 +40,7 @@ class Blur(Operator):
     sinc: Probability = Field(0.0, description="probability of a sinc kernel instead of the kinds below")
     cutoff: PositiveRange | None = Field(None, description="of sinc, radians; default: from pi/3 below size 13, pi/5 "
                                                            "above, to pi")
-    kinds: Annotated[dict[Kind, NotNegative], Weights] = {"iso": 1.0}
+    kinds: Annotated[dict[Kind, NotNegative], Weights] = Field({"iso": 1.0})
     sigma: PositiveRange = Field((0.2, 3.0), description="pixels, along both axes of the kernel")
     rotation: Range = (-math.pi, math.pi)
     beta_gaussian: PositiveRange = Field((0.5, 4.0), description="exponent of generalized kernels; half below 1")
@@ -73,7 +74,16 @@ class Blur(Operator):
 
     @staticmethod
     def cpu(image: np.ndarray, step: Step) -> np.ndarray:
-        return filtered(image, *factors(step["kernel"]))
+        return filtered(as_float(image), *factors(step["kernel"]))
+
+    @staticmethod
+    def cpu_then_resize(image: np.ndarray, step: Step, resize: Step) -> np.ndarray:
+        """Blur and the resize that follows; only those rows are blurred that the smaller image needs."""
+        if resize["height"] >= len(image):
+            return Resize.cpu(Blur.cpu(image, step), resize)
+        columns, rows = factors(step["kernel"])
+        return Resize.cpu(filtered_rows(as_float(image), columns, rows,
+                                        *row_taps(len(image), resize["height"], resize["mode"])), resize)
 
     @staticmethod
     def batch(canvas: Canvas, steps: Sequence[Step]) -> Canvas:
@@ -84,18 +94,6 @@ def _halved(draws: Draws, low: float, high: float) -> float:
     """Half of the draws below 1, half above, as Real-ESRGAN draws its exponents."""
     ends = (low, 1.0) if draws.chance(0.5) else (1.0, high)
     return draws.uniform(*ends)
-
-
-def filtered(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """An image filtered by a sum of separable kernels: float32 in the image's units."""
-    total = part = None
-    for column, row in zip(columns, rows, strict=True):
-        part = cv2.sepFilter2D(image, cv2.CV_32F, row, column, dst=part, borderType=cv2.BORDER_REFLECT_101)
-        if total is None:
-            total, part = part, None
-        else:
-            cv2.add(total, part, dst=total)
-    return total
 
 
 def separable(canvas: Canvas, kernels: Sequence[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from .canvas import Canvas
 from .keyed import Draws, windows
-from .noise import fields
+from .noise import UNIT, fields
 from .operator import Frame, NotNegativeRange, Operator, Step, as_float, clipped
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -43,7 +43,7 @@ class Camera(Operator):
         height, width = linear.shape[:2]
         raw = linear if linear.ndim == 2 else np.einsum("hwc,chw->hw", linear, mosaic(height, width))
         first, second = windows(step["field"], height * width)
-        normal = (first + second).reshape(height, width) * np.float32(np.sqrt(0.5))
+        normal = (first.astype(np.float32) + second).reshape(height, width) * np.float32(UNIT)
         raw = np.clip(raw + normal * np.sqrt(raw * np.float32(step["shot"]) + np.float32(step["read"] ** 2)), 0, 1)
         if linear.ndim == 3:
             raw = cv2.merge([cv2.filter2D(raw * colour, cv2.CV_32F, kernel, borderType=cv2.BORDER_REFLECT_101)

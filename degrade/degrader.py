@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from . import compat as basicsr
+from .blur import Blur
 from .canvas import Canvas
-from .operator import Size, Step, as_bytes, as_float
+from .filters import interleaved
+from .operator import Size, as_bytes, as_float
 from .recipe import OPERATORS, SMALLEST, Recipe, load_recipe
-from .watch import Watch
+from .watch import Watch, refuse_outside
 
 Parameters = dict[str, Any]
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -97,13 +99,11 @@ class SecondOrderDegrader:
             if (drawn["height"], drawn["width"]) != tuple(shape[2:]):
                 raise InputRefused(f"{drawn['key']}: the parameters were drawn for {drawn['height']} x "
                                    f"{drawn['width']} pixels and the image has {shape[2]} x {shape[3]}; draw anew")
+        compat = any(drawn["compat"] for drawn in parameters)
+        if not compat and (self.route or ("cpu" if hq.device.type == "cpu" else "torch")) == "cpu":
+            return torch.stack([_one(*pair) for pair in zip(hq.cpu(), parameters, strict=True)]).to(hq.device)
         self.watch.see(hq, [drawn["key"] for drawn in parameters])
-        if any(drawn["compat"] for drawn in parameters):
-            return _restored(_as_reference(hq, parameters), hq.dtype)
-        if self.route == "torch" or (self.route is None and hq.device.type != "cpu"):
-            return _restored(_batched(hq, parameters), hq.dtype)
-        return torch.stack([_one(image, drawn["steps"]) for image, drawn in zip(hq.cpu(), parameters, strict=True)]
-                           ).to(hq.device)
+        return _restored((_as_reference if compat else _batched)(hq, parameters), hq.dtype)
 
 
 def _shape(hq: torch.Tensor) -> torch.Size:
@@ -119,19 +119,23 @@ def _shape(hq: torch.Tensor) -> torch.Size:
     return hq.shape
 
 
-def _one(planes: torch.Tensor, steps: Sequence[Step | None]) -> torch.Tensor:
+def _one(planes: torch.Tensor, parameters: Parameters) -> torch.Tensor:
     """The CPU route: (C, H, W) in, (C, h, w) of the same type out."""
-    arrays = list((planes if planes.dtype == torch.uint8 else planes.float()).numpy())
-    image = cv2.merge(arrays) if len(arrays) == 3 else arrays[0]
-    if image.dtype == np.float32:
-        image = image * np.float32(255)
-    for step in steps:
-        if step is not None:
-            image = OPERATORS[step["op"]].cpu(image, step)
     if planes.dtype == torch.uint8:
-        image = as_bytes(image)
+        image = cv2.merge(list(planes.numpy())) if len(planes) == 3 else planes[0].numpy()
     else:
-        image = np.clip(as_float(image) / np.float32(255), 0, 1)
+        image, fine = interleaved(planes.float().numpy())
+        if not fine:
+            refuse_outside(planes[None], [parameters["key"]])
+    steps = [step for step in parameters["steps"] if step is not None]
+    while steps:
+        step = steps.pop(0)
+        if step["op"] == "blur" and steps and steps[0]["op"] == "resize":
+            image = Blur.cpu_then_resize(image, step, steps.pop(0))
+        else:
+            image = OPERATORS[step["op"]].cpu(image, step)
+    to_bytes = planes.dtype == torch.uint8
+    image = as_bytes(image) if to_bytes else np.clip(as_float(image) / np.float32(255), 0, 1)
     return torch.from_numpy(np.stack(cv2.split(image))).to(planes.dtype)
 
 

@@ -40,7 +40,7 @@ class Jpeg(Operator):
 
     op: Literal["jpeg"] = "jpeg"
     quality: Quality = (30, 95)
-    subsampling: Annotated[dict[Subsampling, NotNegative], Weights] = {"4:2:0": 1.0}
+    subsampling: Annotated[dict[Subsampling, NotNegative], Weights] = Field({"4:2:0": 1.0})
 
     def draw(self, draws: Draws, frame: Frame) -> Step:
         quality = draws.uniform(*self.quality)

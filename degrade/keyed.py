@@ -14,10 +14,14 @@ from hashlib import blake2b
 from typing import TypeVar
 
 import numpy as np
+import torch
 from scipy import special
 
 Value = TypeVar("Value")
-BANK = 1 << 21          # normals in each of two banks; a 512-pixel RGB image takes 0.8 million
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+BANK = 1 << 21          # normals in each of two rings; a 512-pixel RGB image takes 0.8 million
+MARGIN = 1 << 20        # how many of them stand at the end again
+STEPS = 4096            # of one standard deviation
 
 
 class Draws:
@@ -54,11 +58,12 @@ class Draws:
         if not isinstance(values, Mapping):
             return values[self.integer(len(values))]
         at = self.unit() * math.fsum(values.values())
-        for value, weight in values.items():
-            if at < weight:
-                break
+        possible = [(value, weight) for value, weight in values.items() if weight]
+        for value, weight in possible:
             at -= weight
-        return value
+            if at < 0:
+                return value
+        return possible[-1][0]               # rounding of the sum
 
     def field(self) -> list[int]:
         """Names a field of normals: see `normals`."""
@@ -66,28 +71,34 @@ class Draws:
 
 
 @functools.cache
-def bank() -> np.ndarray:
-    """2 x 2**21 standard normals, float32, the same in every process and version.
+def banks() -> tuple[np.ndarray, np.ndarray]:
+    """Two rings of standard normals in steps of 1/4096, int16, the same in every process and version.
 
-    The raw output of a bit generator is guaranteed by numpy, its distributions are not; hence the quantiles here.
+    2**21 and 2**21 - 1 numbers, then the beginning once more, so that most runs are slices. The raw output of a bit
+    generator is guaranteed by numpy, its distributions are not; hence the quantiles here.
     """
     raw = np.random.Philox(key=0xC1EA25AA4D).random_raw(2 * BANK)
-    normal = special.ndtri(((raw >> np.uint64(11)) + 0.5) * 2.0 ** -53).astype(np.float32)
-    normal.flags.writeable = False
-    return normal
+    normal = special.ndtri(((raw >> np.uint64(11)) + 0.5) * 2.0 ** -53)
+    steps = np.rint(normal * STEPS).astype(np.int16)
+    return tuple(np.concatenate([ring, ring[:MARGIN]]) for ring in (steps[:BANK], steps[BANK:-1]))
 
 
 def windows(field: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two runs of `count` normals whose sum, times sqrt(1/2), is the field: (count,) float32 each.
+    """The two runs of `count` normals whose sum, times sqrt(1/2) / STEPS, is the field: (count,) int16 each.
 
     One run would repeat with the bank, and two samples whose runs overlap would share noise. The sum of two, from
-    banks whose lengths (2**21 and 2**21 - 1) have no common divisor, has 4e12 different fields and repeats after 4e12.
+    rings whose lengths have no common divisor, has 4e12 different fields and repeats after 4e12.
     """
-    first, second = field
-    return _run(bank()[:BANK], first, count), _run(bank()[BANK:-1], second, count)
+    return tuple(run(ring, start, count) for ring, start in zip(banks(), field, strict=True))
 
 
-def _run(numbers: np.ndarray, start: int, count: int) -> np.ndarray:
-    if start + count <= len(numbers):
-        return numbers[start:start + count]
-    return np.take(numbers, np.arange(start, start + count), mode="wrap")
+def run(ring: Array, start: int, count: int) -> Array:
+    """`count` numbers of a ring from `start` on; a ring ends in MARGIN numbers of its beginning."""
+    if start + count <= len(ring):
+        return ring[start:start + count]
+    round_trip = ring[:len(ring) - MARGIN]
+    pieces, left = [round_trip[start:]], count - (len(round_trip) - start)
+    while left > 0:
+        pieces.append(round_trip[:left])
+        left -= len(round_trip)
+    return (np.concatenate if isinstance(ring, np.ndarray) else torch.cat)(pieces)

@@ -16,7 +16,8 @@ import torch
 
 from .canvas import Canvas
 
-MCU = {"4:4:4": (1, 1), "4:4:0": (2, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}      # pixels per chroma sample: rows, columns
+# Pixels per chroma sample: rows, columns.
+MCU = {"4:4:4": (1, 1), "4:4:0": (2, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}
 
 # ITU-T T.81, tables K.1 and K.2.
 LUMA = np.array([
@@ -49,7 +50,12 @@ def compressed(canvas: Canvas, qualities: Sequence[int], layout: str) -> torch.T
     # Below the image libjpeg repeats the last row of averages, not of pixels.
     small = small.last_row_repeated() if down > 1 else small
     small = small.with_pixels(quantised(small.pixels, table[:, 1:].expand(-1, 2, -1, -1)))
-    return _rgb(luma, _interpolated(small, down, across))[:, :, :height, :width]
+    chroma = _interpolated(small, down, across)
+    narrow = [width <= 2 for width in small.widths] if across == 2 else []
+    if any(narrow):                          # libjpeg interpolates only where there is more than that
+        repeated = small.pixels.repeat_interleave(down, 2).repeat_interleave(across, 3)
+        chroma = torch.where(canvas.column(narrow) > 0, repeated, chroma)
+    return _rgb(luma, chroma)[:, :, :height, :width]
 
 
 def _ycc(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
-import cv2
+import numba
 import numpy as np
 import torch
 
 from .canvas import Canvas
-from .keyed import BANK, Draws, bank, windows
-from .operator import Frame, NotNegativeRange, Operator, Probability, Step, as_float, clipped
+from .filters import NATIVE
+from .keyed import STEPS, Draws, banks, run, windows
+from .operator import Frame, NotNegativeRange, Operator, Probability, Step, as_float
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
 LUMA = (0.2989, 0.587, 0.114)                # the weights that basicsr takes for grey shot noise
+UNIT = math.sqrt(0.5) / STEPS                # what makes the sum of two runs a standard normal
 WELL = 256                                   # electrons of white at scale 1
 
 
@@ -44,19 +45,20 @@ class Noise(Operator):
 
     @staticmethod
     def cpu(image: np.ndarray, step: Step) -> np.ndarray:
-        image = as_float(image)
-        grey = step["grey"] or image.ndim == 2
-        shape = image.shape[:2] if grey else image.shape
-        gaussian = step["family"] == "gaussian"
-        weight = math.sqrt(0.5) * (step["sigma"] if gaussian else 1.0)
-        first, second = windows(step["field"], math.prod(shape))
-        noise = cv2.addWeighted(first.reshape(shape), weight, second.reshape(shape), weight, 0)
-        if not gaussian:
-            level = image if not grey or image.ndim == 2 else cv2.transform(image, np.float32([LUMA]))
-            noise = shot(np.clip(level, 0, 255), noise, step["scale"])
-        if noise.ndim < image.ndim:
-            noise = cv2.merge([noise] * image.shape[2])
-        return clipped(cv2.add(image, noise, dst=noise))
+        values = np.ascontiguousarray(as_float(image)).reshape(-1)
+        grey = step["grey"] and image.ndim == 3
+        noise = np.empty(len(values) // (3 if grey else 1), np.float32)
+        first, second = windows(step["field"], len(noise))
+        if step["family"] == "gaussian":
+            _gaussian(first, second, step["sigma"] * UNIT, noise)
+        else:
+            levels = values
+            if grey:
+                _luma(values, levels := np.empty_like(noise))
+            _shots(levels, first, second, step["scale"], noise)
+        out = np.empty_like(values)
+        _added(values, noise, out)
+        return out.reshape(image.shape)
 
     @staticmethod
     def batch(canvas: Canvas, steps: Sequence[Step]) -> Canvas:
@@ -73,38 +75,78 @@ class Noise(Operator):
         return canvas.with_pixels((canvas.pixels + noise).clip(0, 255))
 
 
-def shot(level: Array, normal: Array, scale: float | Array) -> Array:
-    """Shot noise in grey levels, for levels in 0 … 255 and a standard normal of the same shape.
+def shot(level: torch.Tensor, normal: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Shot noise in grey levels, for levels in 0 … 255 and standard normals.
 
     The Poisson quantile by Cornish and Fisher to the second order, then whole counts: mean, variance and skewness
-    follow Poisson from a mean of one count on; the last factor takes the skewness away where the mean falls below, so
-    that black stays black.
+    follow Poisson from a mean of one count on; a factor takes the skewness away where the mean falls below, so that
+    black stays black.
     """
     mean = level * (WELL / 255)
-    skewness = (normal * normal - 1) * (mean / (mean + 0.25)) / 6
-    counts = (mean + mean ** 0.5 * normal + skewness).round().clip(0, None)
+    skewness = (normal * normal - 1) * mean / (6 * mean + 1.5)
+    counts = (mean + mean.sqrt() * normal + skewness).round().clip(min=0)
     return (counts - mean) * (scale * (255 / WELL))
 
 
+@numba.njit(inline="always")
+def _shot(level, normal, scale):
+    """`shot` of one value."""
+    mean = np.float32(WELL / 255) * level
+    skewness = (normal * normal - np.float32(1)) * mean / (np.float32(6) * mean + np.float32(1.5))
+    counts = np.int32(max(mean + np.sqrt(mean) * normal + skewness, np.float32(0)) + np.float32(0.5))
+    return (np.float32(counts) - mean) * np.float32(scale * (255 / WELL))
+
+
+@numba.njit(inline="always")
+def _within(value):
+    return min(max(value, np.float32(0)), np.float32(255))
+
+
+@numba.njit(**NATIVE)
+def _gaussian(first, second, weight, out):
+    for i in range(len(out)):
+        out[i] = (np.float32(first[i]) + np.float32(second[i])) * np.float32(weight)
+
+
+@numba.njit(**NATIVE)
+def _shots(levels, first, second, scale, out):
+    for i in range(len(out)):
+        normal = (np.float32(first[i]) + np.float32(second[i])) * np.float32(UNIT)
+        out[i] = _shot(_within(levels[i]), normal, scale)
+
+
+@numba.njit(**NATIVE)
+def _luma(image, out):
+    for i in range(len(out)):
+        out[i] = (np.float32(LUMA[0]) * image[3 * i] + np.float32(LUMA[1]) * image[3 * i + 1]
+                  + np.float32(LUMA[2]) * image[3 * i + 2])
+
+
+@numba.njit(**NATIVE)
+def _added(image, noise, out):
+    """Noise per value, or per pixel of three values, spelled out for the sake of vector instructions."""
+    if len(noise) == len(image):
+        for i in range(len(image)):
+            out[i] = _within(image[i] + noise[i])
+    else:
+        for i in range(len(noise)):
+            out[3 * i] = _within(image[3 * i] + noise[i])
+            out[3 * i + 1] = _within(image[3 * i + 1] + noise[i])
+            out[3 * i + 2] = _within(image[3 * i + 2] + noise[i])
+
+
 @functools.cache
-def _bank_on(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(bank().copy()).to(device)
+def _rings_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.from_numpy(ring.copy()).to(device) for ring in banks())
 
 
 def fields(canvas: Canvas, names: Sequence[Sequence[int]], grey: Sequence[bool]) -> torch.Tensor:
     """The normals of `keyed.windows` for every sample, laid out as its rows: shape of the pixels."""
-    normals = _bank_on(canvas.pixels.device)
-    first, second = normals[:BANK], normals[BANK:-1]
+    rings = _rings_on(canvas.pixels.device)
     out = torch.zeros_like(canvas.pixels)
     for sample, (name, one, height, width) in enumerate(zip(names, grey, canvas.heights, canvas.widths, strict=True)):
         channels = 1 if one else out.shape[1]
         count = height * width * channels
-        total = (_run(first, name[0], count) + _run(second, name[1], count)).view(height, width, channels)
-        out[sample, :, :height, :width] = total.permute(2, 0, 1)
-    return out.mul_(math.sqrt(0.5))
-
-
-def _run(numbers: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    if start + count <= len(numbers):
-        return numbers[start:start + count]
-    return numbers[torch.arange(start, start + count, device=numbers.device) % len(numbers)]
+        total = sum(run(ring, start, count).float() for ring, start in zip(rings, name, strict=True))
+        out[sample, :, :height, :width] = total.view(height, width, channels).permute(2, 0, 1)
+    return out.mul_(UNIT)

@@ -1,4 +1,4 @@
-"""Recipes: which operators make a low-quality image, in which order, with which ranges. Frozen data, YAML in and out."""
+"""Recipes: which operators make a low-quality image, in which order, with which ranges. Frozen; YAML in and out."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from .operator import Frame, NotNegative, Operator, PositiveRange, Step, Weights
 from .strict import Strict
 
 Mode = Literal["nearest", "area", "bilinear", "bicubic", "lanczos", "bicubic_antialias"]
-CV_MODES = {"nearest": cv2.INTER_NEAREST_EXACT, "area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR,
+LARGEST = 8                                  # times that one step may enlarge
+CV_MODES = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR,
             "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
@@ -37,6 +38,8 @@ class Scale(Strict):
     def _possible(self) -> Scale:
         if not self.up + self.down + self.keep > 0:
             raise ValueError("one of up, down and keep needs a weight above 0")
+        if self.range[1] > LARGEST:
+            raise ValueError(f"range {list(self.range)} enlarges beyond {LARGEST} times")
         if (self.up and self.range[1] < 1) or (self.down and self.range[0] > 1):
             raise ValueError(f"range {list(self.range)} has no room for " +
                              ("down" if self.down and self.range[0] > 1 else "up"))
@@ -60,12 +63,14 @@ class Resize(Operator):
     to: Literal["current", "lq", "hq"] = Field("current", description="the size that scale and shrink refer to")
     scale: Scale | None = None
     shrink: PositiveRange | None = Field(None, description="divides the size by a uniform draw")
-    modes: Annotated[dict[Mode, NotNegative], Weights] = {"area": 1.0, "bilinear": 1.0, "bicubic": 1.0}
+    modes: Annotated[dict[Mode, NotNegative], Weights] = Field({"area": 1.0, "bilinear": 1.0, "bicubic": 1.0})
 
     @model_validator(mode="after")
     def _one_way(self) -> Resize:
         if self.scale and self.shrink:
             raise ValueError("give scale or shrink, not both")
+        if self.shrink and self.shrink[0] < 1 / LARGEST:
+            raise ValueError(f"shrink {list(self.shrink)} enlarges beyond {LARGEST} times")
         if self.to == "current" and not (self.scale or self.shrink):
             raise ValueError('resizing to "current" changes nothing: give scale, shrink, or to: lq or hq')
         return self
@@ -75,8 +80,10 @@ class Resize(Operator):
         return not (self.scale or self.shrink)
 
     def draw(self, draws: Draws, frame: Frame) -> Step:
-        height, width = {"current": frame.now, "hq": frame.hq,
-                         "lq": frame.lq if self.exact else (frame.hq[0] / frame.scale, frame.hq[1] / frame.scale)}[self.to]
+        if self.to == "lq":          # whole only where the size itself is meant: basicsr scales H / 4, not H // 4
+            height, width = frame.lq if self.exact else (side / frame.scale for side in frame.hq)
+        else:
+            height, width = frame.now if self.to == "current" else frame.hq
         factor = self.scale.draw(draws) if self.scale else 1 / draws.uniform(*self.shrink) if self.shrink else 1.0
         step = {"height": max(1, int(height * factor)), "width": max(1, int(width * factor)),
                 "mode": draws.choice(self.modes)}
@@ -88,6 +95,9 @@ class Resize(Operator):
             return image
         if step["mode"] == "bicubic_antialias":
             return _by_pillow(as_float(image), (step["width"], step["height"]))
+        enlarged = step["height"] > image.shape[0] or step["width"] > image.shape[1]
+        if step["mode"] == "nearest" or (step["mode"] == "area" and enlarged):
+            return _by_taps(as_float(image), (step["height"], step["width"]), step["mode"])
         return cv2.resize(as_float(image), (step["width"], step["height"]), interpolation=CV_MODES[step["mode"]])
 
     @staticmethod
@@ -103,8 +113,23 @@ def _by_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.merge(planes) if len(planes) > 1 else planes[0]
 
 
-def resampled(canvas: Canvas, pixels: torch.Tensor, axis: int, old: Sequence[int], new: Sequence[int], modes: Sequence[Mode]
-              ) -> torch.Tensor:
+def row_taps(old: int, new: int, mode: Mode) -> tuple[np.ndarray, np.ndarray]:
+    """`taps` of one image: (new, T) places and weights."""
+    places, weights = taps(Canvas(torch.empty(0), (), ()), [old], [new], [mode])
+    return places[0].numpy(), weights[0].numpy()
+
+
+def _by_taps(image: np.ndarray, size: tuple[int, int], mode: Mode) -> np.ndarray:
+    """What OpenCV leaves to rounding: which pixel is nearest, and where an enlarged pixel's area begins."""
+    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
+        places, weights = row_taps(old, new, mode)
+        shape = [-1 if a == axis else 1 for a in range(image.ndim)]
+        image = sum(image.take(places[:, tap], axis) * weights[:, tap].reshape(shape) for tap in range(places.shape[1]))
+    return image
+
+
+def resampled(canvas: Canvas, pixels: torch.Tensor, axis: int, old: Sequence[int], new: Sequence[int],
+              modes: Sequence[Mode]) -> torch.Tensor:
     """Rows (axis 2) or columns (axis 3) of each sample from `old` to `new` many, by its own filter."""
     places, weights = taps(canvas, old, new, modes)
     view = (slice(None), None, slice(None), None) if axis == 2 else (slice(None), None, None, slice(None))
@@ -119,7 +144,8 @@ def taps(canvas: Canvas, old: Sequence[int], new: Sequence[int], modes: Sequence
     """Which pixels make each new one, and with what weight: (B, max(new), T) int64 and float32.
 
     Cubic: Keys with a = -0.75, antialiased with a = -0.5. Lanczos: 4 lobes. Area: the overlap of the new pixel with
-    each old one. Beyond the border the last pixel repeats, but the antialiased filter is cut there. The arithmetic of positions is in float64: it decides which pixels are taken.
+    each old one. Beyond the border the last pixel repeats, but the antialiased filter is cut there. The arithmetic of
+    positions is in float64: it decides which pixels are taken.
     """
     ratios = [o / n if o != n else 1.0 for o, n in zip(old, new, strict=True)]
     reach = {"nearest": lambda r: 1, "bilinear": lambda r: 2, "bicubic": lambda r: 4, "lanczos": lambda r: 8,

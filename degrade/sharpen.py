@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from .blur import filtered, separable
+from .blur import separable
 from .canvas import Canvas
+from .filters import filtered
 from .keyed import Draws
 from .operator import Frame, NotNegative, NotNegativeRange, Operator, PositiveRange, Step, as_float, clipped
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from typing import Any, TypeVar
 
@@ -75,20 +74,16 @@ def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
     """The keys that the model at a path of the configuration has."""
     kind: Any = model
     for step in path:
-        candidates = _models_in(kind.model_fields[step].annotation if _has_field(kind, step) else kind)
-        # A tagged union puts its tag into the path; the model that carries the tag is meant.
-        tagged = [c for c in candidates if "op" in c.model_fields and step == c.model_fields["op"].default]
-        kind = (tagged or candidates[:1] or [kind])[0] if not _has_field(kind, step) or len(candidates) == 1 \
-            else kind.model_fields[step].annotation
-    return sorted(kind.model_fields)
-
-
-def _has_field(kind: Any, step: Any) -> bool:
-    return hasattr(kind, "model_fields") and step in kind.model_fields
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and step in kind.model_fields:
+            kind = kind.model_fields[step].annotation
+        else:       # a place in a list, a name in a mapping, or the tag of a union, which pydantic adds to the path
+            models = _models_in(kind)
+            kind = next((one for one in models if step == getattr(one.model_fields.get("op"), "default", None)), kind)
+    return sorted(_models_in(kind)[0].model_fields)
 
 
 def _models_in(kind: Any) -> list[type[BaseModel]]:
     """Every model inside an annotation such as tuple[Annotated[A | B, …], ...] or dict[str, C]."""
-    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel):
+    if isinstance(kind, type) and not typing.get_args(kind) and issubclass(kind, BaseModel):
         return [kind]
     return [model for inner in typing.get_args(kind) for model in _models_in(inner)]

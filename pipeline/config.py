@@ -5,26 +5,20 @@ Every default is the value that most corpora for image restoration should have.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from degrade import strict
+from degrade.strict import ConfigError, Strict
 
 from .decode import Limits
 from .metrics import MetricConfig
 from .storage import Folder
 
 NAME = "corpus.yaml"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and the remedy."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Columns(Strict):
@@ -144,53 +138,9 @@ def load(workspace: Folder) -> Corpus:
     return parse(text, str(workspace / NAME))
 
 
-class OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is a mistake; PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def parse(text: str, where: str = NAME) -> Corpus:
     """Checks the text of a configuration; `where` names it in errors."""
-    try:
-        values = yaml.load(text, OnceLoader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} must be a mapping of keys to values, and is a {type(values).__name__}")
-    try:
-        return Corpus.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {explain(e)}" for e in error.errors())) from None
-
-
-def explain(error: dict[str, Any]) -> str:
-    """One line of a pydantic error: the key, the value, what is allowed and the nearest known name."""
-    key = ".".join(str(step) for step in error["loc"])
-    if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg']} (found {error['input']!r})"
-    known = _fields_at(error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key {key!r}; {hint}"
-
-
-def _fields_at(path: tuple) -> list[str]:
-    """The keys that the model at a path of the configuration has."""
-    kind: Any = Corpus
-    for step in path:
-        if hasattr(kind, "model_fields"):
-            kind = kind.model_fields[step].annotation
-        else:       # a place in a list, or a name in a mapping
-            kind = next(inner for inner in kind.__args__ if hasattr(inner, "model_fields"))
-    return sorted(kind.model_fields)
+    return strict.parse(Corpus, text, where)
 
 
 def template(sources: list[tuple[str, str]]) -> str:
