@@ -93,7 +93,7 @@ def jpeg(image: torch.Tensor, step: Step) -> torch.Tensor:
     """DiffJPEG: 4:2:0, real-valued tables, the luma table transposed, zero padding to 16, chroma repeated."""
     quality = step["quality"]
     if not 1 <= quality < 100:
-        raise NotInReference(f"basicsr's JPEG takes qualities from 1 to below 100 (it returns NaN there), not {quality}")
+        raise NotInReference(f"basicsr's JPEG takes qualities from 1 to below 100, where it returns NaN, not {quality}")
     scale = (5000 / quality if quality < 50 else 200 - 2 * quality) / 100
     height, width = image.shape[2:]
     rgb = F.pad(image.clamp(0, 1), (0, -width % 16, 0, -height % 16)) * 255

@@ -6,11 +6,10 @@ which throws most rows away.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-# No promises about NaN and the order of sums, which is what vector instructions need.
-NATIVE = {"cache": True, "error_model": "numpy", "nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
+from .native import inlined, native
+
 TILE = 1600                                  # values of a row at a time: a handful of them fit the nearest cache
 
 
@@ -26,7 +25,7 @@ def interleaved(planes: np.ndarray) -> tuple[np.ndarray, bool]:
     return image, not wrong
 
 
-@numba.njit(**NATIVE)
+@native
 def _interleave(red, green, blue, out):
     wrong = 0
     for i in range(len(red)):
@@ -77,7 +76,7 @@ def _even(lines: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.pad(lines, width) if lines.shape[-1] % 4 == 3 else lines, np.float32)
 
 
-@numba.njit(inline="always")
+@inlined
 def _reflected(place, count):
     if 0 <= place < count:
         return place
@@ -87,7 +86,7 @@ def _reflected(place, count):
     return min(place, 2 * (count - 1) - place)
 
 
-@numba.njit(**NATIVE)
+@native
 def _add(out, base, starts, weights, count):
     """out += the sum over k of weights[k] times `count` values of base from starts[k]: eight at a time in registers."""
     k = 0
@@ -113,7 +112,7 @@ def _add(out, base, starts, weights, count):
         k += 1
 
 
-@numba.njit(inline="always")
+@inlined
 def _mirror(line, origin, start, stop, width, channels):
     """Fills the pixels from start to stop of a line that begins at `origin`, all beyond the image, by reflection."""
     for place in range(start, stop):
@@ -122,7 +121,7 @@ def _mirror(line, origin, start, stop, width, channels):
             line[(place - origin) * channels + c] = line[source + c]
 
 
-@numba.njit(**NATIVE)
+@native
 def _correlate(image, first, columns, rows, out):
     """out[y] = sum over r of rows[r] along the line that columns[r, y] makes of the image's rows from first[y] on."""
     height, width, channels = image.shape

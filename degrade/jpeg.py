@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import cv2
 import numpy as np
-import simplejpeg
 import torch
 from pydantic import AfterValidator, Field
 
@@ -49,6 +48,8 @@ class Jpeg(Operator):
     @staticmethod
     def cpu(image: np.ndarray, step: Step) -> np.ndarray:
         image = as_bytes(image)
+        import simplejpeg  # the torch route does without
+
         # OpenCV encodes and simplejpeg decodes: the one has the accurate transform, the other is faster.
         if image.ndim == 3:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)

@@ -94,11 +94,13 @@ def _separated(parts: np.ndarray, fold: np.ndarray, tolerance: float) -> tuple[n
     columns = (left.transpose(0, 2, 1) * values[..., None] / weight).reshape(-1, len(fold))[order]
     rows = (right / weight).reshape(-1, len(fold))[order]
     outer = columns[:, :, None] * rows[:, None, :]
-    error = sum(np.abs(part - np.cumsum(outer * (signs == sign)[:, None, None], axis=0))
+    totals = np.cumsum((columns @ fold) * (rows @ fold) * (signs > 0))
+    scale = 1 / np.where(totals > 0.5, totals, 1)              # the sum stays 1, and the error counts what that costs
+    error = sum(np.abs(part - np.cumsum(outer * (signs == sign)[:, None, None], axis=0) * scale[:, None, None])
                 for part, sign in zip(parts, (1, -1), strict=True))
-    rank = 1 + int(np.argmax(error.reshape(len(order), -1) @ np.outer(fold, fold).ravel() <= tolerance))
-    total = (columns[:rank] @ fold) @ ((rows[:rank] @ fold) * (signs[:rank] > 0))
-    return _unfold(columns[:rank] / total, signs[:rank]), _unfold(rows[:rank], signs[:rank])
+    error = error.reshape(len(order), -1) @ np.outer(fold, fold).ravel()
+    rank = 1 + int(np.argmax(error <= max(tolerance, error[-1])))
+    return _unfold(columns[:rank] * scale[rank - 1], signs[:rank]), _unfold(rows[:rank], signs[:rank])
 
 
 def _support(weight: np.ndarray, tolerance: float) -> int:

@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numba
 import numpy as np
 import torch
 
 from .canvas import Canvas
-from .filters import NATIVE
 from .keyed import STEPS, Draws, banks, run, windows
+from .native import inlined, native
 from .operator import Frame, NotNegativeRange, Operator, Probability, Step, as_float
 
 LUMA = (0.2989, 0.587, 0.114)                # the weights that basicsr takes for grey shot noise
@@ -88,7 +87,7 @@ def shot(level: torch.Tensor, normal: torch.Tensor, scale: torch.Tensor) -> torc
     return (counts - mean) * (scale * (255 / WELL))
 
 
-@numba.njit(inline="always")
+@inlined
 def _shot(level, normal, scale):
     """`shot` of one value."""
     mean = np.float32(WELL / 255) * level
@@ -97,32 +96,32 @@ def _shot(level, normal, scale):
     return (np.float32(counts) - mean) * np.float32(scale * (255 / WELL))
 
 
-@numba.njit(inline="always")
+@inlined
 def _within(value):
     return min(max(value, np.float32(0)), np.float32(255))
 
 
-@numba.njit(**NATIVE)
+@native
 def _gaussian(first, second, weight, out):
     for i in range(len(out)):
         out[i] = (np.float32(first[i]) + np.float32(second[i])) * np.float32(weight)
 
 
-@numba.njit(**NATIVE)
+@native
 def _shots(levels, first, second, scale, out):
     for i in range(len(out)):
         normal = (np.float32(first[i]) + np.float32(second[i])) * np.float32(UNIT)
         out[i] = _shot(_within(levels[i]), normal, scale)
 
 
-@numba.njit(**NATIVE)
+@native
 def _luma(image, out):
     for i in range(len(out)):
         out[i] = (np.float32(LUMA[0]) * image[3 * i] + np.float32(LUMA[1]) * image[3 * i + 1]
                   + np.float32(LUMA[2]) * image[3 * i + 2])
 
 
-@numba.njit(**NATIVE)
+@native
 def _added(image, noise, out):
     """Noise per value, or per pixel of three values, spelled out for the sake of vector instructions."""
     if len(noise) == len(image):
