@@ -3,6 +3,7 @@
 import typer
 
 from pipeline import commands as pipeline_commands
+from pipeline import degraded_commands
 from pipeline.demo import demo
 from pipeline.doctor import doctor
 
@@ -11,6 +12,7 @@ app = typer.Typer(help="Raw photographs in, trained image restorers out.", no_ar
 app.command()(doctor)
 app.command()(demo)
 pipeline_commands.register(app)
+degraded_commands.register(app)
 
 
 def main() -> None:

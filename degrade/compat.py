@@ -6,10 +6,9 @@ each operator of the default.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -21,26 +20,38 @@ from .kernels import kernel
 from .libjpeg import CHROMA, LUMA
 from .noise import LUMA as GREY
 from .noise import fields
-from .operator import Step
+from .operator import Operator, Step
+from .strict import ConfigError
 
 KERNEL = 21                                  # every drawn kernel is padded to this size
 MODES = ("area", "bilinear", "bicubic")
 
 
-class NotInReference(ValueError):
+class NotInReference(ConfigError):
     """An operator or a mode that basicsr does not have."""
+
+
+def check(operators: Iterable[Operator]) -> None:
+    """Refuses operators and filters that basicsr does not have.
+
+    Raises:
+        NotInReference: with the name of the first.
+    """
+    for operator in operators:
+        if operator.op not in OPERATORS:
+            raise NotInReference(f"basicsr has no operator {operator.op!r}; leave compat out for this recipe")
+        odd = [mode for mode, weight in getattr(operator, "modes", {}).items() if weight and mode not in MODES]
+        if odd:
+            raise NotInReference(f"basicsr resizes by {', '.join(MODES)}, not by {odd[0]!r}; leave compat out")
+        if getattr(operator, "kinds", {}).get("motion") and getattr(operator, "sinc", 0) < 1:
+            raise NotInReference("basicsr has no motion blur; leave compat out for this recipe")
 
 
 def apply(image: torch.Tensor, steps: Sequence[Step | None], name: str) -> torch.Tensor:
     """One image (1, 3, H, W) in [0, 1] through drawn steps; `name` seeds its Poisson counts."""
-    operators = {"usm": usm, "blur": blur, "resize": resize, "noise": functools.partial(noise, name=name),
-                 "jpeg": jpeg, "round": lambda image, step: (image * 255).round().clamp(0, 255) / 255}
     for number, step in enumerate(steps):
-        if step is None:
-            continue
-        if step["op"] not in operators:
-            raise NotInReference(f"{name}: basicsr has no operator {step['op']!r}; use the default instead of compat")
-        image = operators[step["op"]](image, step | {"slot": number})
+        if step is not None:
+            image = OPERATORS[step["op"]](image, step | {"name": f"{name}/{number}"})
     return image.clamp(0, 1)
 
 
@@ -68,13 +79,11 @@ def blur(image: torch.Tensor, step: Step) -> torch.Tensor:
 
 
 def resize(image: torch.Tensor, step: Step) -> torch.Tensor:
-    if step["mode"] not in MODES:
-        raise NotInReference(f"basicsr resizes by {', '.join(MODES)}, not by {step['mode']!r}")
     size = {"scale_factor": step["factor"]} if "factor" in step else {"size": (step["height"], step["width"])}
     return F.interpolate(image, mode=step["mode"], **size)
 
 
-def noise(image: torch.Tensor, step: Step, name: str) -> torch.Tensor:
+def noise(image: torch.Tensor, step: Step) -> torch.Tensor:
     if step["family"] == "gaussian":
         canvas = Canvas(image, (image.shape[2],), (image.shape[3],))
         noise = fields(canvas, [step["field"]], [step["grey"]]) * (step["sigma"] / 255)
@@ -82,7 +91,7 @@ def noise(image: torch.Tensor, step: Step, name: str) -> torch.Tensor:
         levels = torch.tensordot(image.new_tensor(GREY), image, dims=([0], [1]))[:, None] if step["grey"] else image
         levels = (levels * 255).round().clamp(0, 255) / 255
         values = 2 ** math.ceil(math.log2(len(levels.unique())))
-        seed = hashlib.blake2b(f"{name}/{step['slot']}".encode(), digest_size=16).digest()
+        seed = hashlib.blake2b(step["name"].encode(), digest_size=16).digest()
         random = np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little")))
         counts = torch.from_numpy(random.poisson((levels * values).cpu().numpy())).to(levels)
         noise = (counts / values - levels) * step["scale"]
@@ -118,3 +127,7 @@ def _quantised(plane: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     blocks = (cosines @ blocks @ cosines.T / steps).round() * steps
     blocks = cosines.T @ blocks @ cosines
     return blocks.transpose(3, 4).reshape(batch, channels, height, width) + 128
+
+
+OPERATORS = {"usm": usm, "blur": blur, "resize": resize, "noise": noise, "jpeg": jpeg,
+             "round": lambda image, step: (image * 255).round().clamp(0, 255) / 255}

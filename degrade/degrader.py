@@ -38,6 +38,7 @@ class SecondOrderDegrader:
         recipe: a Recipe, or what `load_recipe` takes.
         seed: of all draws.
         compat: "basicsr" repeats the reference's arithmetic and draws, defects included; None does it right.
+            Recipes with what basicsr does not have are refused (NotInReference).
         route: "cpu" or "torch"; default: by the device of the images.
     """
 
@@ -48,6 +49,8 @@ class SecondOrderDegrader:
         if route not in (None, "cpu", "torch"):
             raise ValueError(f'route is "cpu", "torch" or None, not {route!r}')
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        if compat:
+            basicsr.check(self.recipe.operators())
         self.seed, self.compat, self.route = seed, compat, route
         self.watch = Watch()
 

@@ -95,13 +95,9 @@ def _interpolated(canvas: Canvas, down: int, across: int) -> torch.Tensor:
         plane = _doubled(plane, 2)
     if across == 2:
         plane = _doubled(plane, 3)
-    if down == across:
-        even, odd = 8, 7
-        bias = plane.new_tensor([even, odd]).repeat(plane.shape[3] // 2)
-    elif across == 2:
-        bias = plane.new_tensor([1, 2]).repeat(plane.shape[3] // 2)
-    else:
-        bias = plane.new_tensor([1, 2]).repeat(plane.shape[2] // 2)[:, None]
+    turn = torch.arange(plane.shape[3 if across == 2 else 2], device=plane.device) % 2
+    bias = 8 - turn if down == across else 1 + turn
+    bias = bias if across == 2 else bias[:, None]
     return ((plane + bias) / (16 if down == across else 4)).floor()
 
 

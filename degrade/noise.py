@@ -67,8 +67,8 @@ class Noise(Operator):
         if any(step["family"] == "poisson" for step in steps):
             pixels, level = canvas.pixels, canvas.pixels.clip(0, 255)
             if pixels.shape[1] == 3:
-                luma = torch.tensordot(pixels.new_tensor(LUMA), pixels, dims=([0], [1]))[:, None].clip(0, 255)
-                level = torch.where(canvas.column([step["grey"] for step in steps]) > 0, luma, level)
+                luma = sum(weight * plane for weight, plane in zip(LUMA, pixels.unbind(1), strict=True))[:, None]
+                level = torch.where(canvas.column([step["grey"] for step in steps]) > 0, luma.clip(0, 255), level)
             counts = shot(level, normal, canvas.column([step.get("scale", 0.0) for step in steps]))
             noise = torch.where(gaussian, noise, counts)
         return canvas.with_pixels((canvas.pixels + noise).clip(0, 255))

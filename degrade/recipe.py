@@ -101,6 +101,15 @@ class Recipe(Strict):
     def nodes(self) -> tuple[Node, ...]:
         return _named(self.steps, Counter())
 
+    def operators(self) -> Iterator[Operator]:
+        """Every operator that a sample may meet."""
+        groups = [self.nodes]
+        while groups:
+            for node in groups.pop():
+                groups += node.groups
+                if isinstance(node.operator, Operator):
+                    yield node.operator
+
     def draw(self, seed: int, key: str, epoch: int, size: Size, compat: bool = False) -> list[Step | None]:
         """The parameters of one sample: a step per slot, None where an operator is not applied.
 

@@ -62,7 +62,9 @@ def explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     """One line of a pydantic error: the key, the value, what is allowed and the nearest known name."""
     key = ".".join(str(step) for step in error["loc"])
     if error["type"] != "extra_forbidden":
-        found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
+        # What a validator of a whole model refuses, it names itself.
+        whole = error["type"] == "value_error" and isinstance(error["input"], dict | BaseModel)
+        found = "" if whole else f" (found {error['input']!r})"
         return (f"{key}: " if key else "") + error["msg"].removeprefix("Value error, ") + found
     known = _fields_at(model, error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)

@@ -50,6 +50,8 @@ HELP = {
 class Terminal(Show):
     """Progress bars on a terminal; elsewhere a line every ten seconds."""
 
+    waiting = "starting Ray and its workers"
+
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.job, self.rows, self.logged = "", 0, 0.0
@@ -63,7 +65,7 @@ class Terminal(Show):
             self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn(
                 "{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
                 console=console, transient=True)
-            self.task = self.progress.add_task(job.name, total=rows, note="starting Ray and its workers")
+            self.task = self.progress.add_task(job.name, total=rows, note=self.waiting)
             self.progress.start()
 
     def advance(self, totals: Totals) -> None:

@@ -220,10 +220,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match="'gpu'"):
             SecondOrderDegrader("supir", route="gpu")
 
-    def test_compat_knows_what_the_reference_lacks(self):
-        degrader = SecondOrderDegrader(load_recipe({"name": "any", "scale": 1, "output": "hq",
-                                                    "steps": [{"op": "webp"}]}), compat="basicsr")
-        with pytest.raises(ValueError, match="basicsr has no operator 'webp'"):
-            degrader(pictures(1, 32, 32), ["a"])
+    @pytest.mark.parametrize(("step", "words"), [
+        ({"op": "webp"}, "no operator 'webp'"), ({"op": "blur", "kinds": {"motion": 1}}, "no motion blur"),
+        ({"op": "resize", "to": "hq", "modes": {"lanczos": 1}}, "not by 'lanczos'")])
+    def test_compat_refuses_what_the_reference_lacks_before_any_image(self, step, words):
+        recipe = load_recipe({"name": "any", "scale": 1, "output": "hq",
+                              "steps": [{"op": "choice", "options": [{"steps": []}, {"steps": [step]}]}]})
+        with pytest.raises(ValueError, match=words):
+            SecondOrderDegrader(recipe, compat="basicsr")
+
+    def test_compat_takes_colour_only(self):
         with pytest.raises(InputRefused, match="RGB only"):
             SecondOrderDegrader("supir", compat="basicsr")(pictures(1, 32, 32, channels=1), ["a"])

@@ -25,7 +25,7 @@ def picture() -> torch.Tensor:
 def drawn(op: str, count: int = 40) -> list[dict]:
     """Steps of one operator, as the recipe draws them."""
     degrader = SecondOrderDegrader("realesrgan_x4", seed=5, compat="basicsr")
-    steps = [step | {"slot": slot} for key in range(count)
+    steps = [step | {"name": f"{key}/{slot}"} for key in range(count)
              for slot, step in enumerate(degrader.draw(str(key), (90, 106))["steps"]) if step and step["op"] == op]
     assert len(steps) >= count
     return steps
@@ -90,7 +90,7 @@ def test_gaussian_noise_of_the_same_field_is_alike(picture, monkeypatch):
                                 if len(shape) == 4 else field[0, 0])
             theirs = reference.basicsr_degradations.add_gaussian_noise_pt(
                 picture, torch.tensor([step["sigma"]]), torch.tensor([float(step["grey"])]))
-            assert difference(compat.noise(picture, step, "name"), theirs) < CLOSE, step
+            assert difference(compat.noise(picture, step), theirs) < CLOSE, step
 
 
 class Steady:
@@ -112,7 +112,7 @@ def test_poisson_noise_of_the_same_counts_is_alike(picture, monkeypatch):
             theirs = reference.basicsr_degradations.add_poisson_noise_pt(
                 picture, torch.tensor([step["scale"]]), gray_noise=torch.tensor([float(step["grey"])]))
             # Grey levels are sums in another order: one in thousands rounds to the next level.
-            far = (compat.noise(picture, step, "name") - theirs).abs() > CLOSE
+            far = (compat.noise(picture, step) - theirs).abs() > CLOSE
             assert far.float().mean() < 1e-3, step
 
 
@@ -123,10 +123,10 @@ def test_poisson_noise_grows_where_an_image_has_few_values(grey, levels, expecte
     values = torch.tensor(levels) if levels else torch.arange(256) / 255
     image = values.repeat(256 * 256 // len(values)).view(1, 1, 256, 256).expand(1, 3, -1, -1).contiguous()
     scale = 0.01                                            # so little that nothing is clipped but at black and white
-    step = {"family": "poisson", "scale": scale, "grey": grey, "slot": 0}
+    step = {"family": "poisson", "scale": scale, "grey": grey, "name": "any"}
     torch.manual_seed(0)
     theirs = reference.basicsr_degradations.add_poisson_noise_pt(image, scale, gray_noise=float(grey)) - image
-    ours = compat.noise(image, step, "name") - image
+    ours = compat.noise(image, step) - image
     inside = (image > 0.1) & (image < 0.9)
     ours, theirs = ours[inside] * 255 / scale, theirs[inside] * 255 / scale
     # 65536 or more values: the standard error of a deviation is 0.3 %, of a mean 0.4 % of the deviation.

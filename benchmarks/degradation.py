@@ -1,9 +1,9 @@
 """How many images a second the degrader makes, against Real-ESRGAN's chain on basicsr in the same run.
 
-    python benchmarks/degrade.py [FOLDER] [--batches 24] [--usm-batches 3]
-    python benchmarks/degrade.py [FOLDER] --processes 2     does a second process double it?
-    python benchmarks/degrade.py [FOLDER] --memory 10000    does memory grow with batches and keys?
-    python benchmarks/degrade.py [FOLDER] --device cuda     throughput of the torch route; no host synchronisation
+    python benchmarks/degradation.py [FOLDER] [--batches 24] [--usm-batches 3]
+    python benchmarks/degradation.py [FOLDER] --processes 2     does a second process double it?
+    python benchmarks/degradation.py [FOLDER] --memory 10000    does memory grow with batches and keys?
+    python benchmarks/degradation.py [FOLDER] --device cuda     throughput of the torch route; no host synchronisation
 
 512-pixel crops of the photographs in FOLDER (made-up pictures without one), batches of 8, one thread each. Ways take
 turns on the same batches; times are CPU time of the process, so that a busy machine does not show. The reference draws
