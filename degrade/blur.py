@@ -16,7 +16,8 @@ from .filters import filtered, filtered_rows
 from .kernels import factors
 from .keyed import Draws
 from .operator import Frame, NotNegative, Operator, PositiveRange, Probability, Range, Step, Weights, as_float
-from .resize import Resize, row_taps
+from .resize import Resize
+from .taps import row_taps
 
 Kind = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "motion"]
 

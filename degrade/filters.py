@@ -63,6 +63,15 @@ def filtered_rows(image: np.ndarray, columns: np.ndarray, rows: np.ndarray, plac
     return _run(image, low - taps // 2, composed, rows)
 
 
+def resized(image: np.ndarray, rows: tuple[np.ndarray, np.ndarray], columns: tuple[np.ndarray, np.ndarray]
+            ) -> np.ndarray:
+    """Every pixel as the weighted sum of others: places and weights, (h, T) for the rows and (w, T) for the columns."""
+    planes = np.ascontiguousarray(image).reshape(*image.shape[:2], -1)
+    out = np.empty((len(rows[0]), len(columns[0]), planes.shape[2]), np.float32)
+    _resize(planes, *rows, *columns, out)
+    return out.reshape(*out.shape[:2], *image.shape[2:])
+
+
 def _run(image: np.ndarray, first: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
     planes = np.ascontiguousarray(image).reshape(*image.shape[:2], -1)
     out = np.empty((len(first), *planes.shape[1:]), np.float32)
@@ -151,3 +160,19 @@ def _correlate(image, first, columns, rows, out):
                 _mirror(line, left - reach, left - reach, begin, width, channels)
                 _mirror(line, left - reach, end, left + count + reach, width, channels)
                 _add(target, line, steps, rows[r], count * channels)
+
+
+@native
+def _resize(image, places_y, weights_y, places_x, weights_x, out):
+    height, width, channels = image.shape
+    base, line = image.reshape(height * width * channels), np.empty(width * channels, np.float32)
+    for y in range(len(out)):
+        for x in range(len(line)):
+            line[x] = 0
+        _add(line, base, places_y[y] * (width * channels), weights_y[y], len(line))
+        for x in range(out.shape[1]):
+            for c in range(channels):
+                total = np.float32(0)
+                for tap in range(weights_x.shape[1]):
+                    total += weights_x[x, tap] * line[places_x[x, tap] * channels + c]
+                out[y, x, c] = total

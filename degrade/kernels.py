@@ -79,25 +79,27 @@ def factors(spec: dict[str, Any], tolerance: float = TOLERANCE) -> tuple[np.ndar
         return line, line
     half = kernel(spec)[centre:]
     right, left = half[:, centre:], half[:, centre::-1]
-    keep = max(_support((np.abs(right) + np.abs(left)) @ fold, tolerance / 4),
-               _support(fold @ (np.abs(right) + np.abs(left)), tolerance / 4))
-    parts = np.stack([right + left, right - left])[:, :keep, :keep] / 2          # even, odd
+    size = np.abs(right) + np.abs(left)
+    keep = max(_support(size @ fold, tolerance / 4), _support(fold @ size, tolerance / 4))
+    right, left = right[:keep, :keep], left[:keep, :keep]
+    circular = "sigma_y" not in spec and "theta" not in spec               # the same on both sides: no odd part
+    parts = right[None] if circular else np.stack([right + left, right - left]) / 2
     return _separated(parts, fold[:keep], tolerance / 2)
 
 
 def _separated(parts: np.ndarray, fold: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """The even and the odd quarter (2, n, n) as columns and rows of whole kernels, largest first."""
+    """The even and, if there is one, the odd quarter (n, n) as columns and rows of whole kernels, largest first."""
     weight = np.sqrt(fold)
-    left, values, right = np.linalg.svd(parts * weight[:, None] * weight)
+    left, values, right = np.linalg.svd(parts * np.outer(weight, weight))
     order = np.argsort(-values, axis=None, kind="stable")
     signs = np.where(order < len(fold), 1.0, -1.0)
-    columns = (left.transpose(0, 2, 1) * values[..., None] / weight).reshape(-1, len(fold))[order]
+    columns = (left.transpose(0, 2, 1) * (values[..., None] / weight)).reshape(-1, len(fold))[order]
     rows = (right / weight).reshape(-1, len(fold))[order]
     outer = columns[:, :, None] * rows[:, None, :]
     totals = np.cumsum((columns @ fold) * (rows @ fold) * (signs > 0))
     scale = 1 / np.where(totals > 0.5, totals, 1)              # the sum stays 1, and the error counts what that costs
     error = sum(np.abs(part - np.cumsum(outer * (signs == sign)[:, None, None], axis=0) * scale[:, None, None])
-                for part, sign in zip(parts, (1, -1), strict=True))
+                for part, sign in zip(parts, (1, -1), strict=False))
     error = error.reshape(len(order), -1) @ np.outer(fold, fold).ravel()
     rank = 1 + int(np.argmax(error <= max(tolerance, error[-1])))
     return _unfold(columns[:rank] * scale[rank - 1], signs[:rank]), _unfold(rows[:rank], signs[:rank])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -16,11 +15,12 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from .canvas import Canvas, gather
+from .filters import resized
 from .keyed import Draws
 from .operator import Frame, NotNegative, Operator, PositiveRange, Step, Weights, as_float
 from .strict import Strict
+from .taps import Mode, row_taps, taps
 
-Mode = Literal["nearest", "area", "bilinear", "bicubic", "lanczos", "bicubic_antialias"]
 LARGEST = 8                                  # times that one step may enlarge
 CV_MODES = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR,
             "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
@@ -113,19 +113,10 @@ def _by_pillow(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.merge(planes) if len(planes) > 1 else planes[0]
 
 
-def row_taps(old: int, new: int, mode: Mode) -> tuple[np.ndarray, np.ndarray]:
-    """`taps` of one image: (new, T) places and weights."""
-    places, weights = taps(Canvas(torch.empty(0), (), ()), [old], [new], [mode])
-    return places[0].numpy(), weights[0].numpy()
-
-
 def _by_taps(image: np.ndarray, size: tuple[int, int], mode: Mode) -> np.ndarray:
     """What OpenCV leaves to rounding: which pixel is nearest, and where an enlarged pixel's area begins."""
-    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
-        places, weights = row_taps(old, new, mode)
-        shape = [-1 if a == axis else 1 for a in range(image.ndim)]
-        image = sum(image.take(places[:, tap], axis) * weights[:, tap].reshape(shape) for tap in range(places.shape[1]))
-    return image
+    rows, columns = (row_taps(old, new, mode) for old, new in zip(image.shape, size, strict=False))
+    return resized(image, rows, columns)
 
 
 def resampled(canvas: Canvas, pixels: torch.Tensor, axis: int, old: Sequence[int], new: Sequence[int],
@@ -137,51 +128,3 @@ def resampled(canvas: Canvas, pixels: torch.Tensor, axis: int, old: Sequence[int
     for place, weight in zip(places.unbind(2), weights.unbind(2), strict=True):
         total = total + gather(pixels, axis, place) * weight[view]
     return total
-
-
-def taps(canvas: Canvas, old: Sequence[int], new: Sequence[int], modes: Sequence[Mode]
-         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which pixels make each new one, and with what weight: (B, max(new), T) int64 and float32.
-
-    Cubic: Keys with a = -0.75, antialiased with a = -0.5. Lanczos: 4 lobes. Area: the overlap of the new pixel with
-    each old one. Beyond the border the last pixel repeats, but the antialiased filter is cut there. The arithmetic of
-    positions is in float64: it decides which pixels are taken.
-    """
-    ratios = [o / n if o != n else 1.0 for o, n in zip(old, new, strict=True)]
-    reach = {"nearest": lambda r: 1, "bilinear": lambda r: 2, "bicubic": lambda r: 4, "lanczos": lambda r: 8,
-             "area": lambda r: math.ceil(r) + 1, "bicubic_antialias": lambda r: math.ceil(4 * max(r, 1)) + 1}
-    count = max(reach[mode](r) for mode, r in zip(modes, ratios, strict=True))
-    ratio = canvas.upload(ratios, torch.float64)[:, None]
-    stretch = ratio.clamp(min=1)
-    last = canvas.upload(old, torch.int64)[:, None, None] - 1
-    target = torch.arange(max(new), device=ratio.device, dtype=torch.float64)
-    centre, start = (target + 0.5) * ratio - 0.5, target * ratio
-    first = {"nearest": (centre + 0.5).floor(), "area": (start + 1e-9).floor(), "bilinear": centre.floor(),
-             "bicubic": centre.floor() - 1, "lanczos": centre.floor() - 3,
-             "bicubic_antialias": (centre - 2 * stretch).floor()}
-    present = sorted(set(modes))
-    which = canvas.upload([present.index(mode) for mode in modes], torch.int64)[:, None]
-    origin = sum(first[mode] * (which == i) for i, mode in enumerate(present))
-    places = origin[..., None] + torch.arange(count, device=ratio.device)
-    distance = (places - centre[..., None]).abs()
-    weights = {
-        "nearest": lambda: (places == origin[..., None]).double(),
-        "area": lambda: ((torch.minimum(places + 1, (start + ratio)[..., None])
-                          - torch.maximum(places, start[..., None])).clamp(min=0) / ratio[..., None]),
-        "bilinear": lambda: (1 - distance).clamp(min=0),
-        "bicubic": lambda: _cubic(distance),
-        "lanczos": lambda: _lanczos(distance),
-        "bicubic_antialias": lambda: _cubic(distance / stretch[..., None], -0.5) * ((places >= 0) & (places <= last))}
-    weight = sum(weights[mode]() * (which == i)[..., None] for i, mode in enumerate(present))
-    weight = weight / weight.sum(2, keepdim=True)
-    return torch.minimum(places.long().clamp(min=0), last), weight.float()
-
-
-def _cubic(x: torch.Tensor, a: float = -0.75) -> torch.Tensor:
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-
-
-def _lanczos(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x < 4, torch.sinc(x) * torch.sinc(x / 4), torch.zeros_like(x))

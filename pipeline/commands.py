@@ -91,7 +91,8 @@ def reported() -> Iterator[None]:
         yield
     except (ConfigError, WorkspaceBusy, JobStopped, WorkspaceError) as error:
         errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit({ConfigError: 2, WorkspaceBusy: 3}.get(type(error), 1)) from None
+        statuses = {ConfigError: 2, WorkspaceBusy: 3}
+        raise typer.Exit(next((code for kind, code in statuses.items() if isinstance(error, kind)), 1)) from None
     except KeyboardInterrupt:
         errors.print("stopped; what was finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
