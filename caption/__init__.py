@@ -1,0 +1,1 @@
+"""Captions: the questions that models are asked, and what becomes of their answers."""

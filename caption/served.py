@@ -1,0 +1,187 @@
+"""Captions from a model behind an OpenAI-compatible server (vLLM, SGLang, transformers serve): many questions at once.
+
+Requests are taken from their source only as fast as answers come, so neither images nor answers pile up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from pydantic import Field
+
+from degrade.strict import Strict
+
+AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}        # the server may do better later
+HOPELESS = {401: "the key is wrong or missing; set the variable that `api_key_env` names",
+            403: "the key may not use this model",
+            404: "the address or the model is wrong; `url` ends in /v1 for most servers, and GET {url}/models "
+                 "lists what is served"}
+
+
+class Server(Strict):
+    """Where the model is served, and how hard it may be asked."""
+
+    url: str = Field(pattern=r"^https?://", description="up to and including /v1")
+    model: str = Field(min_length=1, description="the name that the server knows")
+    concurrency: int = Field(64, ge=1, description="requests under way")
+    timeout_s: float = Field(120.0, gt=0, description="for one answer")
+    retries: int = Field(5, ge=0, description="after time-outs, dropped connections, nonsense, 429 and 5xx")
+    backoff_s: float = Field(1.0, ge=0, description="before the first retry; doubles each time, up to a minute")
+    patience_s: float = Field(300.0, gt=0, description="without any answer at all, the job stops")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one image."""
+
+    key: str
+    image: bytes                    # an encoded file
+    text: str
+    media: str = "image/jpeg"
+    system: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a question: text and how it ended, or an error."""
+
+    key: str
+    text: str = ""
+    finish_reason: str = ""         # "stop", "length"
+    tokens: int | None = None       # generated
+    error: str | None = None        # its class, e.g. timeout, bad_answer, refused
+    message: str = ""
+
+
+class ServerFailed(RuntimeError):
+    """Asking on is useless: the server is down, or refuses the key or the model."""
+
+
+async def answers(server: Server, questions: Iterable[Question]) -> AsyncIterator[Answer]:
+    """Asks every question, at most `server.concurrency` at a time, and yields answers as they come.
+
+    Raises:
+        ServerFailed: wrong key, address or model; or no answer at all for `patience_s`.
+    """
+    source, running = iter(questions), set()
+    clock = _Clock(server)
+    async with _session(server) as session:
+        try:
+            while True:
+                while len(running) < server.concurrency and (question := next(source, None)) is not None:
+                    running.add(asyncio.create_task(_ask(session, server, question, clock)))
+                if not running:
+                    return
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+class _Clock:
+    """When the server last answered anything that made sense."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.last = server, time.monotonic()
+
+    def answered(self) -> None:
+        self.last = time.monotonic()
+
+    def check(self, why: str) -> None:
+        silent = time.monotonic() - self.last
+        if silent > self.server.patience_s:
+            raise ServerFailed(f"{self.server.url} has given no answer for {silent:.0f} seconds ({why}). Is the server "
+                               "up? What was finished is kept: start it, then run the same command again.")
+
+
+def _session(server: Server) -> aiohttp.ClientSession:
+    key = os.environ.get(server.api_key_env)
+    return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        connector=aiohttp.TCPConnector(limit=server.concurrency),
+        timeout=aiohttp.ClientTimeout(total=server.timeout_s))
+
+
+async def _ask(session: aiohttp.ClientSession, server: Server, question: Question, clock: _Clock) -> Answer:
+    failure = Answer(question.key)
+    for attempt in range(server.retries + 1):
+        pause = min(60.0, server.backoff_s * 2 ** attempt) * random.uniform(0.5, 1)
+        try:
+            async with session.post(f"{server.url.rstrip('/')}/chat/completions", json=body(server, question)) as reply:
+                if reply.status in HOPELESS:
+                    remedy = HOPELESS[reply.status].format(url=server.url)
+                    raise ServerFailed(f"{server.url} answers {reply.status} for model {server.model!r}: {remedy}. "
+                                       f"It says: {await _said(reply)}")
+                if reply.status == 200:
+                    answer = read(question.key, await reply.read())
+                    clock.answered()
+                    if answer.error is None:
+                        return answer
+                    failure = answer
+                else:
+                    failure = Answer(question.key, error="refused", message=f"{reply.status}: {await _said(reply)}")
+                    if reply.status not in AGAIN:
+                        clock.answered()
+                        return failure
+                    pause = max(pause, _asked_to_wait(reply))
+        except TimeoutError:
+            failure = Answer(question.key, error="timeout", message=f"no answer within {server.timeout_s:g} s")
+        except aiohttp.ClientError as error:
+            failure = Answer(question.key, error="no_connection", message=f"{type(error).__name__}: {error}"[:300])
+        clock.check(failure.message)
+        if attempt < server.retries:
+            await asyncio.sleep(min(pause, server.patience_s))
+    return failure
+
+
+def body(server: Server, question: Question) -> dict[str, Any]:
+    """The request for a question, in OpenAI's form of chat completions with an image."""
+    image = f"data:{question.media};base64,{base64.b64encode(question.image).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question.text}]
+    messages = [{"role": "system", "content": question.system}] if question.system else []
+    request = {"model": server.model, "messages": [*messages, {"role": "user", "content": content}],
+               "max_tokens": question.max_tokens, "temperature": question.temperature}
+    return request if question.seed is None else request | {"seed": question.seed}
+
+
+def read(key: str, data: bytes) -> Answer:
+    """The answer in a reply; whatever it is, never an exception."""
+    try:
+        reply = json.loads(data)
+        choice = reply["choices"][0]
+        text, reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return Answer(key, error="bad_answer", message=f"not a chat completion: {data[:200]!r}")
+    if not isinstance(text, str) or not text.strip():
+        return Answer(key, error="bad_answer", message="the answer is empty")
+    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
+    tokens = usage.get("completion_tokens")
+    return Answer(key, text, str(reason), tokens if isinstance(tokens, int) else None)
+
+
+async def _said(reply: aiohttp.ClientResponse) -> str:
+    return (await reply.content.read(300)).decode("utf-8", "replace").strip() or reply.reason or ""
+
+
+def _asked_to_wait(reply: aiohttp.ClientResponse) -> float:
+    """Seconds of a Retry-After header; dates are left to the back-off."""
+    try:
+        return min(300.0, max(0.0, float(reply.headers.get("Retry-After", 0))))
+    except ValueError:
+        return 0.0
