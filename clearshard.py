@@ -2,6 +2,7 @@
 
 import typer
 
+from models import commands as models_commands
 from pipeline import commands as pipeline_commands
 from pipeline import degraded_commands
 from pipeline.demo import demo
@@ -13,6 +14,7 @@ app.command()(doctor)
 app.command()(demo)
 pipeline_commands.register(app)
 degraded_commands.register(app)
+models_commands.register(app)
 
 
 def main() -> None:

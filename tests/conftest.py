@@ -134,3 +134,28 @@ def rows_of_table(workspace: Path | str, name: str) -> list[dict]:
 def tars(workspace: Path) -> dict[str, bytes]:
     """Every tar of a workspace."""
     return {path.name: path.read_bytes() for path in sorted((workspace / "shards").glob("*.tar"))}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> Path:
+    """Folder with llava/ and sdxl/, written by `clearshard models tiny` once for all test processes."""
+    pytest.importorskip("skimage", reason="needs scikit-image's photographs")
+    import fcntl
+    import hashlib
+
+    import torch
+    from typer.testing import CliRunner
+
+    from clearshard import app
+    torch.set_num_threads(1)            # threads of so small models wait for each other more than they work
+    sources = sorted((Path(__file__).parent.parent / "models").glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    folder = tmp_path_factory.getbasetemp().parent / f"tiny-models-{digest}"
+    folder.mkdir(exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = CliRunner().invoke(app, ["models", "tiny", str(folder)])
+        assert result.exit_code == 0, result.output
+        said = folder / "said.txt"      # by the process that made them
+        said.write_text(said.read_text() if said.exists() else result.output)
+    return folder
