@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -67,7 +67,6 @@ class Operator(Strict):
 
     op: str
     probability: Probability = 1.0
-    RANDOM_SIZE: ClassVar[bool] = False
 
     def draw(self, draws: Draws, frame: Frame) -> Step:
         """Its parameters for one sample, without `op`."""
