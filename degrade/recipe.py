@@ -87,14 +87,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _ends_at_its_size(self) -> Recipe:
-        for path in _paths(self.steps):
-            size = "hq"
-            for operator in path:
-                if isinstance(operator, Resize):
-                    size = operator.to if operator.exact and operator.probability == 1 else None
-            if size != self.output and not (size == "hq" and self.scale == 1):
-                raise ValueError(f'steps: the result must have the size "{self.output}" for every sample, so the last '
-                                 f'resize must always happen and be exact: {{op: resize, to: {self.output}}}')
+        last = {"hq" if self.scale == 1 and size == "lq" else size for size in _sizes(self.steps, {"hq"})}
+        if last != {"hq" if self.scale == 1 else self.output}:
+            raise ValueError(f'steps: the result must have the size "{self.output}" for every sample, so the last '
+                             f'resize must always happen and be exact: {{op: resize, to: {self.output}}}')
         return self
 
     @functools.cached_property
@@ -178,21 +174,17 @@ def _draw(nodes: Sequence[Node], draws: Callable[[str], Draws], frame: Frame) ->
     return steps, frame
 
 
-def _paths(steps: Sequence[Any]) -> Iterator[list[Operator]]:
-    """Every sequence of operators that a sample may meet."""
-    if not steps:
-        yield []
-        return
-    head, *rest = steps
-    if isinstance(head, Order):
-        beginnings = [(*head.first, *head.second), (*head.second, *head.first)]
-    elif isinstance(head, Choice):
-        beginnings = [option.steps for option in head.options]
-    else:
-        yield from ([head, *path] for path in _paths(rest))
-        return
-    for beginning in beginnings:
-        yield from _paths((*beginning, *rest))
+def _sizes(steps: Sequence[Any], sizes: set[str]) -> set[str]:
+    """The sizes that samples may have after some operators, from those before: "hq", "lq" or "drawn"."""
+    for step in steps:
+        if isinstance(step, Order):
+            sizes = (_sizes((*step.first, *step.second), sizes) | _sizes((*step.second, *step.first), sizes))
+        elif isinstance(step, Choice):
+            sizes = set().union(*(_sizes(option.steps, sizes) for option in step.options))
+        elif isinstance(step, Resize):
+            new = {step.to if step.exact else "drawn"}
+            sizes = new if step.probability == 1 else sizes | new
+    return sizes
 
 
 class Flow(yaml.SafeDumper):

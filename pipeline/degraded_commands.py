@@ -63,7 +63,7 @@ def degrade(images: Images, output: Output, recipe: RecipeName, seed: Seed = 0, 
         from degrade import SecondOrderDegrader
         degrader = SecondOrderDegrader(recipe, seed, compat="basicsr" if compat else None)    # refuses what cannot be
         settings = Settings(degrader.recipe.to_yaml(), seed, epoch, degrader.compat, crop, max_pixels)
-        job = FolderJob(maker(images, output, settings), workers or len(os.sched_getaffinity(0)), contact_sheet,
+        job = FolderJob(maker(images, output, settings), workers or cores(), contact_sheet,
                         overwrite, Bars())
         if dry_run:
             rehearse(job)
@@ -81,6 +81,11 @@ def maker(images: str, output: str, settings: Settings) -> Maker:
     if os.path.isfile(source):
         return Maker(os.path.dirname(source), target, settings, os.path.basename(source))
     return Maker(source, target, settings)
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rehearse(job: FolderJob) -> None:

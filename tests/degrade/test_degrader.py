@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from degrade import SecondOrderDegrader, load_recipe, presets
+from degrade import ConfigError, SecondOrderDegrader, load_recipe, presets
 from degrade.degrader import InputRefused
 from degrade.watch import ValuesRefused
 
@@ -112,6 +112,27 @@ def test_a_preset_survives_its_own_yaml(name, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(recipe.to_yaml())
     assert load_recipe(path) == recipe
+
+
+REDUCE = {"op": "resize", "to": "lq"}
+MAYBE = REDUCE | {"probability": 0.5}
+BACK = {"op": "resize", "to": "hq"}
+
+
+@pytest.mark.parametrize(("steps", "possible"), [
+    ([REDUCE], True), ([MAYBE], False), ([REDUCE, MAYBE], True), ([REDUCE, BACK], False),
+    ([{"op": "order", "first": [REDUCE], "second": [BACK]}], False),
+    ([{"op": "order", "first": [BACK], "second": [{"op": "jpeg"}]}, REDUCE], True),
+    ([{"op": "choice", "options": [{"steps": [REDUCE]}, {"steps": []}]}], False),
+    ([REDUCE, {"op": "resize", "scale": {"down": 1, "range": [0.5, 1]}}], False),
+    ([{"op": "choice", "options": [{"steps": []}, {"steps": [{"op": "jpeg"}]}]}] * 40 + [REDUCE], True)])
+def test_a_recipe_must_end_at_its_size_whichever_way_a_sample_goes(steps, possible):
+    values = {"name": "any", "scale": 4, "steps": steps}
+    if possible:
+        load_recipe(values)
+    else:
+        with pytest.raises(ConfigError, match='must have the size "lq" for every sample'):
+            load_recipe(values)
 
 
 def test_bytes_in_bytes_out_and_the_same_image_as_from_floats():
