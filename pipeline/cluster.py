@@ -15,13 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .jobs import Job, Outcome, Unit
+from .pool import JobStopped, Queue, pool_outcomes, unwrapped
 
-ATTEMPTS = 5
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-
-
-class JobStopped(RuntimeError):
-    """A job ended before all its units were done; what was finished is kept."""
 
 
 @dataclass
@@ -100,25 +96,25 @@ class Cluster:
         return totals
 
     def _outcomes(self, job: Job, units: list[Unit], totals: Totals) -> Iterator[Outcome]:
+        queue = Queue(job, units, totals)
+        return pool_outcomes(job, queue) if job.pool else self._task_outcomes(job, queue)
+
+    def _task_outcomes(self, job: Job, queue: Queue) -> Iterator[Outcome]:
         import ray
         work = ray.remote(_work).options(num_cpus=job.num_cpus, num_gpus=job.num_gpus, max_retries=0)
-        waiting = list(reversed(units))
-        attempts: dict[str, int] = {}
         flying: dict = {}
         try:
-            while waiting or flying:
-                while waiting and len(flying) < self._width(job):
-                    unit = waiting.pop()
-                    isolate = attempts.get(unit.key, 0) >= 2
-                    flying[work.remote(job, unit, isolate)] = unit
+            while queue.waiting or flying:
+                while queue.waiting and len(flying) < self._width(job):
+                    unit = queue.waiting.pop()
+                    flying[work.remote(job, unit, queue.suspect(unit))] = unit
                 done, _ = ray.wait(list(flying), timeout=1.0)
                 for reference in done:
                     unit = flying.pop(reference)
                     try:
                         yield unwrapped(lambda reference=reference: ray.get(reference))
                     except ray.exceptions.RayError as error:
-                        self._again(job, unit, error, attempts, waiting)
-                        totals.restarts += 1
+                        queue.again(unit, error)
         finally:
             for reference in flying:
                 ray.cancel(reference, force=True)
@@ -132,30 +128,11 @@ class Cluster:
             slots = min(slots, have.get("GPU", 0) / job.num_gpus)
         return max(2, int(2 * slots))
 
-    def _again(self, job: Job, unit: Unit, error: Exception, attempts: dict, waiting: list) -> None:
-        """A worker or node died: repeat the unit, from the second time on row by row in isolation."""
-        attempts[unit.key] = attempts.get(unit.key, 0) + 1
-        if attempts[unit.key] >= ATTEMPTS:
-            raise JobStopped(f"{job.name}: unit {unit.key} took its worker down {ATTEMPTS} times, in isolation"
-                             f" too ({type(error).__name__}). Is there enough memory for each worker? "
-                             "`--workers` runs fewer at once.") from error
-        waiting.append(unit)
-
 
 def _work(job: Job, unit: Unit, isolate: bool) -> Outcome:
     import cv2
     cv2.setNumThreads(1)        # one core per worker: Ray counts them
     return job.run(unit, isolate)
-
-
-def unwrapped(get: Callable[[], object]) -> object:
-    """A task's result; an exception of our own code comes out as itself, without Ray's wrapping."""
-    import ray
-    try:
-        return get()
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
-        raise cause from None
 
 
 def refuse_rotten(job: Job, totals: Totals, max_error_rate: float) -> None:

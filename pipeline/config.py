@@ -6,7 +6,7 @@ Every default is the value that most corpora for image restoration should have.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -93,6 +93,9 @@ class Select(Strict):
     keep_grey: bool = True
     keep_near_duplicates: bool = False
     where: dict[str, str] = Field(default_factory=dict, description="rule name: SQL condition to be kept")
+    caption_flags: tuple[str, ...] = Field(
+        ("empty", "control", "refusal", "echo", "repetition"),
+        description="a tile whose caption has one of these stays out of the shards; [] keeps all")
 
 
 class Tile(Strict):
@@ -119,6 +122,8 @@ class Corpus(Strict):
     select: Select = Select()
     tile: Tile = Tile()
     shard: Shard = Shard()
+    caption: dict[str, Any] | None = Field(None, description="checked by `caption.config`; null: no captions")
+    negatives: dict[str, Any] | None = Field(None, description="checked by `caption.config`; null: none")
     max_error_rate: float = Field(0.5, ge=0, le=1, description="a job stops above this share of failed rows")
 
 

@@ -64,14 +64,13 @@ class FetchJob(RowJob):
 
     def run(self, unit: Unit, isolate: bool = False) -> Outcome:
         earlier = self._earlier(unit)
-        known = {row["ref"] for row in earlier.rows}
-        refused = set() if self.retry_errors else {row["ref"] for row in earlier.failed}
+        refused = {} if self.retry_errors else earlier.failed
         rows = self.rows(unit)[: unit.first]
-        wanted = [row for row in rows if row["ref"] not in known and row["ref"] not in refused]
+        wanted = [row for row in rows if row["ref"] not in earlier.rows and row["ref"] not in refused]
         # A name of its own: a worker that outlives its killed driver must not change the tar under our offsets.
         tar = f"{unit.key}-{uuid.uuid4().hex[:8]}.tar"
         good, bad, size = asyncio.run(self._download(wanted, tar))
-        self._write(unit, earlier.rows + good, [r for r in earlier.failed if r["ref"] in refused] + bad)
+        self._write(unit, [*earlier.rows.values(), *good], [*refused.values(), *bad])
         return Outcome(unit.key, len(wanted), len(bad), len(rows) - len(wanted), size, tally(bad))
 
     async def _download(self, rows: list[dict], tar: str) -> tuple[list[dict], list[dict], int]:

@@ -51,12 +51,22 @@ class Outcome:
     errors: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """How a job's pool of workers is made up."""
+
+    count: int | None = None        # None: one per free place for its GPUs; without GPUs one
+    gpus: float | None = None       # of each: a fraction or several; None: 1 where the cluster has GPUs
+    depth: int = 2                  # units under way in one worker, so that the next is prepared meanwhile
+
+
 class Job(ABC):
     """A stage of the corpus. Instances are small and travel to the workers."""
 
     name: str
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    pool: Replicas | None = None    # workers that keep a model; None: plain tasks
 
     @abstractmethod
     def pending(self) -> list[Unit]:
@@ -74,6 +84,9 @@ class Job(ABC):
     def tidy(self) -> None:
         """Removes what a killed run left; called once by the holder of the workspace."""
 
+    def load(self) -> None:
+        """Makes a worker of the pool ready, before its first unit: loads the model."""
+
 
 class RowJob(Job):
     """A job that turns each row of an input part into one row of the output part with the same key."""
@@ -82,6 +95,7 @@ class RowJob(Job):
     output: Table
     quarantine: Table
     settings: dict
+    identity: str = "ref"           # column of the output that holds the input row's `ref`
     row_timeout_s: float = 120.0
     retry_errors: bool = False
 
@@ -123,30 +137,37 @@ class RowJob(Job):
         return len(taken)
 
     def run(self, unit: Unit, isolate: bool = False) -> Outcome:
-        rows = list(islice(self.rows(unit), unit.first))
-        earlier = self._earlier(unit)
-        known = {row["ref"]: row for row in earlier.rows}
-        refused = {} if self.retry_errors else {row["ref"]: row for row in earlier.failed}
-        good, bad, fresh = [], [], 0
+        rows, earlier = list(self.rows(unit)), self._earlier(unit)
+        refused = {} if self.retry_errors else earlier.failed
+        held = {row["ref"]: self.renewed(row, earlier.rows.get(row["ref"])) for row in rows}
+        allowed = rows if unit.first is None else rows[:unit.first]
+        fresh = [row for row in allowed if held[row["ref"]] is None and row["ref"] not in refused]
+        results = dict(self.attempts(fresh, isolate))
+        good, bad = [], []
+        for ref in held:
+            result, refusal = results.get(ref) or (held[ref], refused.get(ref))
+            if result is None and refusal is None:      # beyond the limit: what other settings made is better than nothing
+                result = earlier.rows.get(ref)
+            good.extend([result] if result else [])
+            bad.extend([refusal] if refusal else [])
+        self._write(unit, good, bad)
+        new_failures = [failure for _, failure in results.values() if failure]
+        return Outcome(unit.key, len(fresh), len(new_failures), len(allowed) - len(fresh), 0, tally(new_failures))
+
+    def attempts(self, rows: list[dict], isolate: bool) -> Iterator[tuple[str, Attempt]]:
+        """Per row its `ref` and what became of it."""
         with self._runner(isolate) as call:
             for row in rows:
-                if row["ref"] in known:
-                    good.append(known[row["ref"]])
-                elif row["ref"] in refused:
-                    bad.append(refused[row["ref"]])
-                else:
-                    fresh += 1
-                    result, failure = attempt(call, row, self.name)
-                    good.extend([result] if result else [])
-                    bad.extend([failure] if failure else [])
-        self._write(unit, good, bad)
-        new_failures = [row for row in bad if row["ref"] not in refused]
-        return Outcome(unit.key, fresh, len(new_failures), len(rows) - fresh, 0, tally(new_failures))
+                yield row["ref"], attempt(call, row, self.name)
+
+    def renewed(self, row: dict, earlier: dict | None) -> dict | None:
+        """The earlier output row, if it still is what `process(row)` would give."""
+        return earlier
 
     def _earlier(self, unit: Unit) -> Earlier:
         """What an older part of the same key holds, if it was made with the same settings."""
-        return Earlier(*(self._same_settings(table, part) for table, part in (
-            (self.output, unit.earlier), (self.quarantine, unit.failed))))
+        rows, failed = self._same_settings(self.output, unit.earlier), self._same_settings(self.quarantine, unit.failed)
+        return Earlier({row[self.identity]: row for row in rows}, {row["ref"]: row for row in failed})
 
     def _same_settings(self, table: Table, part: Part | None) -> list[dict]:
         if part is None:
@@ -175,19 +196,27 @@ class RowJob(Job):
 class Earlier:
     """Rows of an older part that still hold."""
 
-    rows: list[dict]
-    failed: list[dict]
+    rows: dict[str, dict]           # by the ref of their input row
+    failed: dict[str, dict]
 
 
-def attempt(call: Callable[[dict], dict], row: dict, stage: str) -> tuple[dict | None, dict | None]:
+Attempt = tuple[dict | None, dict | None]       # (result, None) or (None, quarantine row)
+
+
+def attempt(call: Callable[[dict], dict], row: dict, stage: str) -> Attempt:
     """(result, None), or (None, quarantine row) if the call raised."""
     try:
         return call(row), None
     except WorkspaceError:
         raise
     except Exception as error:
-        return None, {"ref": row["ref"], "name": row.get("name"), "stage": stage,
-                      "error": error_class(error), "message": f"{error}"[:500]}
+        return None, failure(row, stage, error)
+
+
+def failure(row: dict, stage: str, error: Exception) -> dict:
+    """The quarantine row of an error."""
+    return {"ref": row["ref"], "name": row.get("name"), "stage": stage,
+            "error": error_class(error), "message": f"{error}"[:500]}
 
 
 def error_class(error: BaseException) -> str:

@@ -19,11 +19,13 @@ from .ingest import sources
 from .jobs import Job, Outcome, Unit
 from .query import cut, database
 from .score import SCORES, scores_table
+from .selection import quoted
 from .storage import Folder
-from .tables import CAPTIONS, PLAN, Part, Table, contents, digest, digest_columns, rows_of
+from .tables import CAPTIONS, NEGATIVES, PLAN, Part, Table, contents, digest, digest_columns, rows_of
 from .tile import tiles
 
 STATE = "state.json"
+NEGATIVE = "negative"       # group of the generated images
 BYTES = ["key", "uid", "tile", "caption", "provenance"]     # what decides the bytes of a tar
 FACTS = [name for name in SCORES.names if name not in ("ref", "uid")]
 
@@ -32,8 +34,14 @@ def plan(workspace: Folder) -> Table:
     return Table(workspace / "shards" / "plan", PLAN)
 
 
-def captions(workspace: Folder) -> Table:
-    return Table(workspace / "captions", CAPTIONS)
+def captions(workspace: Folder, corpus: Corpus) -> Table:
+    """The captions that the corpus uses: several sets can lie side by side, each under its name."""
+    return Table(workspace / "captions" / (corpus.caption or {}).get("name", "main"), CAPTIONS)
+
+
+def negatives(workspace: Folder) -> Table:
+    """Generated images of poor quality, which become a group of shards."""
+    return Table(workspace / "negatives" / "images", NEGATIVES)
 
 
 @dataclass
@@ -46,15 +54,16 @@ class PlanJob(Job):
 
     def tables(self) -> dict[str, Table]:
         return {"tiles": tiles(self.workspace), "sources": sources(self.workspace),
-                "scores": scores_table(self.workspace), "captions": captions(self.workspace)}
+                "scores": scores_table(self.workspace), "captions": captions(self.workspace, self.corpus),
+                "negatives": negatives(self.workspace)}
 
     def pending(self) -> list[Unit]:
         held = contents(self.tables())
-        expected = digest(self.name, 1, held, self.corpus.shard.model_dump())
+        expected = digest(self.name, 2, held, self.corpus.shard.model_dump(), self.corpus.select.caption_flags)
         with contextlib.suppress(FileNotFoundError, ValueError):
             if json.loads(plan(self.workspace).folder.read(STATE))["inputs"] == expected:
                 return []
-        rows = sum(rows_of(key) for key, _ in held["tiles"])
+        rows = sum(rows_of(key) for name in ("tiles", "negatives") for key, _ in held[name])
         return [Unit("all", rows, expected)] if rows or plan(self.workspace).parts() else []
 
     def tidy(self) -> None:
@@ -122,23 +131,33 @@ def encoding(corpus: Corpus) -> dict:
 def samples(workspace: Folder, corpus: Corpus) -> str:
     """SQL: every sample that should be in a shard now, one row per key, with its `place` in the order.
 
-    The tiles of an image follow one another, so that it is decoded once; the images are shuffled.
+    The tiles of an image follow one another, so that it is decoded once; the images are shuffled. A tile whose caption
+    is flagged as `select.caption_flags` says has no place, nor has a negative with any flag.
     """
     facts = ", ".join(f'"{name}" := scores."{name}"' for name in FACTS)
-    originals = (workspace / "originals").uri
+    originals, seed = (workspace / "originals").uri, corpus.shard.seed
+    unwanted = ", ".join(map(quoted, corpus.select.caption_flags))
     return f"""
         with flat as (select ref, uid, "group", unnest(tiles) as tile from tiles),
         named as (
             select *, format('{{}}-{{}}-{{}}-{{}}x{{}}', uid, tile.x, tile.y, tile.out_width, tile.out_height) as key
             from flat),
-        one as (select key, arg_min(named, ref) as sample from named group by key)
+        one as (select key, arg_min(named, ref) as sample from named group by key),
+        said as (
+            select key, unnest(min(struct_pack(caption, model, short, flags, prompt))) from captions group by key)
         select one.key, sample.ref, sample.uid, sample."group", sample.tile,
-            sources.uri, sources."offset", sources.length, captions.caption,
+            sources.uri, sources."offset", sources.length, said.caption,
             to_json(struct_pack(
                 key := one.key, uid := sample.uid, "group" := sample."group", tile := sample.tile, name := sources.name,
                 uri := case when starts_with(sources.uri, '{originals}/') then sources.name else sources.uri end,
                 licence := sources.licence, author := sources.author, text := sources.text, extra := sources.extra,
-                caption_model := captions.model, scores := struct_pack({facts}))) as provenance,
-            row(md5(sample.uid || '{corpus.shard.seed}'), sample.uid, sample.tile.y, sample.tile.x) as place
+                caption_model := said.model, caption_prompt := said.prompt, caption_short := said.short,
+                caption_flags := said.flags, scores := struct_pack({facts}))) as provenance,
+            row(md5(sample.uid || '{seed}'), sample.uid, sample.tile.y, sample.tile.x) as place
         from one join sources on sources.ref = sample.ref join scores on scores.ref = sample.ref
-        left join captions on captions.key = one.key"""
+        left join said on said.key = one.key
+        where not coalesce(list_has_any(said.flags, [{unwanted}]::varchar[]), false)
+        union all by name
+        select key, key as ref, uid, '{NEGATIVE}' as "group", tile, uri, "offset", length, caption, provenance,
+            row(md5(uid || '{seed}'), uid, tile.y, tile.x) as place
+        from negatives where len(flags) = 0"""

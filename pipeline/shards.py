@@ -6,7 +6,6 @@ its plan alone.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ import simplejpeg
 from PIL import Image
 
 from .config import Corpus
-from .decode import decode, read_header
+from .crops import Crops
+from .decode import read_header
 from .jobs import Job, Outcome, Unit, attempt, tally
 from .plan import plan
-from .score import read_image
 from .storage import Folder, WorkspaceError
 from .tables import INDEX, QUARANTINE, Part, Table
 from .tar import TarWriter
@@ -32,12 +31,6 @@ CORPUS = "corpus.json"
 
 class DamagedIndex(WorkspaceError):
     """An index that is not what was written."""
-
-
-class SourceChanged(ValueError):
-    """A file is no longer what it was when it was scored."""
-
-    reason = "changed"
 
 
 @dataclass
@@ -106,43 +99,24 @@ class ShardJob(Job):
 
 
 class Encoder:
-    """Turns rows of a plan into members of a tar; keeps the last image, for its next tile."""
+    """Turns rows of a plan into members of a tar."""
 
     def __init__(self, corpus: Corpus):
-        self.corpus, self.ref = corpus, None
-        self.data, self.image = b"", None
+        self.corpus, self.crops = corpus, Crops(corpus.score.limits)
 
     def sample(self, row: dict) -> list[tuple[str, bytes]]:
-        """The members of one sample: image, caption if there is one, provenance.
-
-        Raises:
-            SourceChanged: the file has other bytes than when it was scored.
-            ImageRefused, OSError: as when it was scored, if it has gone since.
-        """
-        if row["ref"] != self.ref:
-            self._load(row)
-        extension, image = self._encoded(row["tile"])
+        """The members of one sample: image, caption if there is one, provenance; raises as `Crops.file`."""
+        extension, image = self.image(row)
         members = [(f"{row['key']}.{extension}", image)]
         if row["caption"] is not None:
             members.append((f"{row['key']}.txt", row["caption"].encode()))
         return [*members, (f"{row['key']}.json", row["provenance"].encode())]
 
-    def _load(self, row: dict) -> None:
-        self.ref = None
-        data = read_image(row, self.corpus.score.limits.max_bytes)
-        if hashlib.sha256(data).hexdigest()[: len(row["uid"])] != row["uid"]:
-            raise SourceChanged(f"{row['uri']} has changed since it was scored; run ingest and score again")
-        self.data, self.image, self.ref = data, None, row["ref"]
-
-    def _encoded(self, tile: dict) -> tuple[str, bytes]:
-        if is_original(self.data, tile, self.corpus):
-            return "jpg", self.data
-        if self.image is None:
-            self.image = decode(self.data, self.corpus.score.limits)
-        crop = self.image[tile["y"]:tile["y"] + tile["height"], tile["x"]:tile["x"] + tile["width"]]
-        if (tile["out_width"], tile["out_height"]) != (tile["width"], tile["height"]):
-            crop = cv2.resize(crop, (tile["out_width"], tile["out_height"]), interpolation=cv2.INTER_AREA)
-        return encode(np.ascontiguousarray(crop), self.corpus)
+    def image(self, row: dict) -> tuple[str, bytes]:
+        """(extension, bytes) of the tile."""
+        if is_original(self.crops.file(row), row["tile"], self.corpus):
+            return "jpg", self.crops.data
+        return encode(self.crops.pixels(row), self.corpus)
 
 
 def is_original(data: bytes, tile: dict, corpus: Corpus) -> bool:

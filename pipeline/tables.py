@@ -91,10 +91,34 @@ PLAN = pa.schema([
     pa.field("provenance", pa.string(), nullable=False),  # KEY.json, ready to write
 ])
 
-CAPTIONS = pa.schema([                                  # what shards need of a caption; other columns may follow
+CAPTIONS = pa.schema([                                  # null: not known, as of captions from elsewhere
     pa.field("key", pa.string(), nullable=False),
-    pa.field("caption", pa.string()),
+    pa.field("caption", pa.string()),                  # cleaned; null: the answer held no word
     pa.field("model", pa.string()),
+    pa.field("short", pa.string()),                    # the version that fits CLIP's 77 tokens
+    pa.field("tokens", pa.int32()),                    # of `caption`, in CLIP's count
+    pa.field("flags", pa.list_(pa.string())),          # what is wrong with it; empty: nothing
+    pa.field("prompt", pa.string()),                   # name of the prompt
+    pa.field("question", pa.string()),                 # what was asked
+    pa.field("raw", pa.string()),                      # what was answered
+    pa.field("finish_reason", pa.string()),            # stop or length
+    pa.field("generated", pa.int32()),                 # tokens of the answer, in the model's count
+    pa.field("attempts", pa.int8()),                   # 2: asked again with sampling
+    pa.field("made", pa.string()),                     # digest of all that decided `raw`, and of what was made of it
+])
+
+NEGATIVES = pa.schema([
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("uid", pa.string(), nullable=False),      # of the generated file
+    pa.field("uri", pa.string(), nullable=False),      # the tar that holds it
+    pa.field("offset", pa.int64(), nullable=False),
+    pa.field("length", pa.int64(), nullable=False),
+    pa.field("tile", TILE, nullable=False),            # the whole of it
+    pa.field("caption", pa.string(), nullable=False),  # the negative words
+    pa.field("provenance", pa.string(), nullable=False),
+    pa.field("facts", pa.string(), nullable=False),    # its scores, as JSON
+    pa.field("flags", pa.list_(pa.string()), nullable=False),   # black, broken, good by accident …
+    pa.field("made", pa.string(), nullable=False),     # digest of the settings that decided its pixels
 ])
 
 INDEX = pa.schema([

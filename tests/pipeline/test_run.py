@@ -12,7 +12,7 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.cluster import JobStopped
-from pipeline.config import load
+from pipeline.config import Corpus, load
 from pipeline.ingest import ingest
 from pipeline.plan import captions
 from pipeline.score import metric_table
@@ -188,7 +188,8 @@ def test_captions_join_the_shards_when_there_are_any(tmp_path, pile, run):
     workspace = configure(tmp_path / "w", pile)
     run(workspace)
     key = pq.read_table(workspace / "shards" / "manifest.parquet")["key"][0].as_py()
-    captions(Folder.at(str(workspace))).write("000000-1-x", "model", [{"key": key, "caption": "a wave", "model": "m"}])
+    table = captions(Folder.at(str(workspace)), Corpus())
+    table.write("000000-1-x", "model", [{"key": key, "caption": "a wave", "model": "m"}])
     before = tars(workspace)
     run(workspace, "shard")
     changed = [name for name, data in tars(workspace).items() if data != before[name]]
