@@ -107,7 +107,7 @@ def driver(workspace: Folder) -> None:
         report(name, time.perf_counter() - begin)
 
     def stage(*names: str) -> list[Callable[[], object]]:
-        return [lambda name=name: STAGES[name](session) for name in names]
+        return [lambda name=name: STAGES[name].run(session) for name in names]
 
     step("ingest", *stage("ingest"))
     elsewhere(write_scores, workspace)

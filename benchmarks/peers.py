@@ -69,7 +69,7 @@ def corpus(images: Path) -> Corpus:
 def clearshard(cluster: Cluster, images: Path, out: Path) -> None:
     session = Session(Folder.at(str(out)), corpus(images), cluster)
     for stage in STAGES.values():
-        stage(session)
+        stage.run(session)
 
 
 def clearshard_and_ray(images: Path, out: Path) -> None:

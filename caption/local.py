@@ -8,47 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from degrade.strict import ConfigError, Strict
+from degrade.strict import ConfigError
+
+from .config import LocalModel, Sampling
+from .generated import Generated
 
 Inputs = dict[str, torch.Tensor]
-
-
-class LocalModel(Strict):
-    """Which model, and how it is held."""
-
-    model: str = Field(min_length=1, description="folder in transformers' layout")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    quantisation: Literal["none", "8bit", "4bit"] = Field("none", description="of the weights; needs bitsandbytes")
-    batch_size: int = Field(16, ge=1, description="images at a time; halved where they do not fit")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a caption is generated: greedy at temperature 0."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 0.9
-    seed: int = 0                   # of sampling
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What a model said."""
-
-    text: str
-    tokens: int                     # generated, the end token included
-    finish_reason: Literal["stop", "length"]
 
 
 class Preparer:
@@ -73,13 +44,14 @@ class Preparer:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
-    def __call__(self, images: Sequence[np.ndarray], questions: Sequence[str], system: str | None = None) -> Inputs:
+    def __call__(self, images: Sequence[np.ndarray], questions: Sequence[str],
+                 systems: Sequence[str | None] | None = None) -> Inputs:
         """(H, W, 3) uint8 images and a question each, to what the model takes; sequences are padded on the left."""
         from PIL import Image
-        before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-        chats = [[*before, {"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)},
-                                                        {"type": "text", "text": question}]}]
-                 for image, question in zip(images, questions, strict=True)]
+        chats = [[*([{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []),
+                  {"role": "user", "content": [{"type": "image", "image": Image.fromarray(image)},
+                                               {"type": "text", "text": question}]}]
+                 for image, question, system in zip(images, questions, systems or [None] * len(images), strict=True)]
         return dict(self.processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True}))
@@ -89,7 +61,7 @@ class Preparer:
 
 
 class Captioner:
-    """A loaded model. `captioner(inputs, sampling)` continues a prepared batch.
+    """A loaded model. `captioner(inputs, max_new_tokens)` continues a prepared batch.
 
     Raises:
         ConfigError: the folder is not there or lacks a file, no GPU where one is asked for, or bitsandbytes missing.
@@ -106,22 +78,22 @@ class Captioner:
             self.model = AutoModelForImageTextToText.from_pretrained(
                 config.model, local_files_only=True, attn_implementation=config.attention,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                **_quantised(config, self.device))
-        if config.quantisation == "none":
+                **_placed(config, self.device))
+        if config.quantisation == "none" and config.device != "balanced":
             self.model.to(self.device)
         self.model.eval()
 
-    def __call__(self, inputs: Inputs, sampling: Sampling) -> list[Generated]:
+    def __call__(self, inputs: Inputs, max_new_tokens: int, sampling: Sampling = Sampling()) -> list[Generated]:
         """Generates for a batch; one that does not fit into memory is done in halves.
 
         Raises:
-            MemoryError: one image alone does not fit.
+            MemoryError: one image alone does not fit, or a batch of a model whose inputs cannot be cut.
         """
         count = len(inputs["input_ids"])
         try:
-            return self._generate(inputs, sampling)
+            return self._generate(inputs, max_new_tokens, sampling)
         except torch.OutOfMemoryError:
-            if count == 1:
+            if count == 1 or any(len(values) != count for values in inputs.values()):
                 raise MemoryError("one image alone does not fit into the memory of the device; use quantisation, "
                                   "fewer max_new_tokens or a smaller model") from None
         if self.device.type == "cuda":
@@ -129,10 +101,10 @@ class Captioner:
         self.halved += 1
         halves = [{name: values[part] for name, values in inputs.items()}
                   for part in (slice(None, count // 2), slice(count // 2, None))]
-        return [generated for half in halves for generated in self(half, sampling)]
+        return [generated for half in halves for generated in self(half, max_new_tokens, sampling)]
 
     @torch.inference_mode()
-    def _generate(self, inputs: Inputs, sampling: Sampling) -> list[Generated]:
+    def _generate(self, inputs: Inputs, max_new_tokens: int, sampling: Sampling) -> list[Generated]:
         moved = {name: values.to(self.device, self.model.dtype if values.is_floating_point() else None,
                                  non_blocking=True) for name, values in inputs.items()}
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
@@ -140,7 +112,7 @@ class Captioner:
             how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
-            tokens = self.model.generate(**moved, **how, max_new_tokens=sampling.max_new_tokens,
+            tokens = self.model.generate(**moved, **how, max_new_tokens=max_new_tokens,
                                          pad_token_id=self.preparer.processor.tokenizer.pad_token_id)
         return [self._cut(line) for line in tokens[:, moved["input_ids"].shape[1]:].tolist()]
 
@@ -170,18 +142,20 @@ def _named(folder: str, wanted: str):
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name.replace("balanced", "cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: PyTorch sees no GPU here; use auto or cpu")
     return torch.device(name)
 
 
-def _quantised(config: LocalModel, device: torch.device) -> dict[str, Any]:
+def _placed(config: LocalModel, device: torch.device) -> dict[str, Any]:
+    """How the weights are spread and quantised, as `from_pretrained` takes it."""
+    where = {"device_map": "balanced" if config.device == "balanced" else {"": device}}
     if config.quantisation == "none":
-        return {}
+        return where if config.device == "balanced" else {}
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
     except ImportError:
         raise ConfigError("quantisation needs bitsandbytes: pip install bitsandbytes") from None
-    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{config.quantisation}": True}),
-            "device_map": {"": device}}
+    return where | {"quantization_config": BitsAndBytesConfig(**{f"load_in_{config.quantisation}": True})}

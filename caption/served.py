@@ -10,34 +10,24 @@ import base64
 import json
 import os
 import random
+import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, as_completed, wait
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from pydantic import Field
 
-from degrade.strict import Strict
+from pipeline.pool import JobStopped
+
+from .config import Server
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}        # the server may do better later
 HOPELESS = {401: "the key is wrong or missing; set the variable that `api_key_env` names",
             403: "the key may not use this model",
             404: "the address or the model is wrong; `url` ends in /v1 for most servers, and GET {url}/models "
                  "lists what is served"}
-
-
-class Server(Strict):
-    """Where the model is served, and how hard it may be asked."""
-
-    url: str = Field(pattern=r"^https?://", description="up to and including /v1")
-    model: str = Field(min_length=1, description="the name that the server knows")
-    concurrency: int = Field(64, ge=1, description="requests under way")
-    timeout_s: float = Field(120.0, gt=0, description="for one answer")
-    retries: int = Field(5, ge=0, description="after time-outs, dropped connections, nonsense, 429 and 5xx")
-    backoff_s: float = Field(1.0, ge=0, description="before the first retry; doubles each time, up to a minute")
-    patience_s: float = Field(300.0, gt=0, description="without any answer at all, the job stops")
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is needed")
 
 
 @dataclass(frozen=True)
@@ -66,32 +56,56 @@ class Answer:
     message: str = ""
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(JobStopped):
     """Asking on is useless: the server is down, or refuses the key or the model."""
 
 
-async def answers(server: Server, questions: Iterable[Question]) -> AsyncIterator[Answer]:
-    """Asks every question, at most `server.concurrency` at a time, and yields answers as they come.
+class Client:
+    """A connection to a server; any number of threads may stream questions, and share the bound of requests."""
 
-    Raises:
-        ServerFailed: wrong key, address or model; or no answer at all for `patience_s`.
-    """
-    source, running = iter(questions), set()
-    clock = _Clock(server)
-    async with _session(server) as session:
+    def __init__(self, server: Server) -> None:
+        self.server, self.clock, self.under_way = server, _Clock(server), 0
+        self.room = threading.Semaphore(server.concurrency)
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="served", daemon=True).start()
+        self.session = asyncio.run_coroutine_threadsafe(self._open(), self.loop).result()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        return _session(self.server)
+
+    def stream(self, questions: Iterable[Question]) -> Iterator[Answer]:
+        """Asks every question, and yields answers as they come; one question at most waits for its turn.
+
+        Raises:
+            ServerFailed: wrong key, address or model; or no answer at all for `patience_s`.
+        """
+        running: set[Future] = set()
         try:
-            while True:
-                while len(running) < server.concurrency and (question := next(source, None)) is not None:
-                    running.add(asyncio.create_task(_ask(session, server, question, clock)))
-                if not running:
-                    return
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
+            for question in questions:
+                self.room.acquire()
+                future = asyncio.run_coroutine_threadsafe(self._ask(question), self.loop)
+                future.add_done_callback(lambda _: self.room.release())
+                running.add(future)
+                done, running = wait(running, timeout=0)
+                yield from (future.result() for future in done)
+            for future in as_completed(running):
+                yield future.result()
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            for future in running:
+                future.cancel()
+
+    async def _ask(self, question: Question) -> Answer:
+        if not self.under_way:
+            self.clock.answered()       # its patience begins with the first question
+        self.under_way += 1
+        try:
+            return await _ask(self.session, self.server, question, self.clock)
+        finally:
+            self.under_way -= 1
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.session.close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 class _Clock:

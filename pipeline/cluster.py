@@ -67,11 +67,11 @@ class Cluster:
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             sys.modules["ray"].shutdown()
 
-    def call(self, function: Callable, *arguments: object, num_cpus: float = 1) -> object:
+    def call(self, function: Callable, *arguments: object, num_cpus: float = 1, num_gpus: float = 0) -> object:
         """One function with all of a worker's memory to itself: for steps that see the whole corpus."""
         import ray
         self.start()
-        task = ray.remote(function).options(num_cpus=num_cpus, max_retries=3)
+        task = ray.remote(function).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)
         return unwrapped(lambda: ray.get(task.remote(*arguments)))
 
     def run(self, job: Job, units: list[Unit], max_error_rate: float = 1.0,

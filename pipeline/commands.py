@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated
 
 import typer
@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import config as configuration
 from .cluster import Cluster, JobStopped, Totals
-from .config import ConfigError
+from .config import ConfigError, Corpus
 from .jobs import Job
 from .lock import Lock, WorkspaceBusy
 from .report import write_report
 from .selection import check_rules
-from .stages import STAGES, Session, Show, duration
+from .stages import STAGES, Session, Show, Stage, duration
 from .storage import Folder, WorkspaceError
 from .verify import VerifyJob, rewrite, table_problems
 
@@ -36,16 +36,6 @@ Retry = Annotated[bool, typer.Option("--retry-errors", help="Try quarantined row
 ErrorRate = Annotated[float | None, typer.Option(
     "--max-error-rate", min=0, max=1, help="Stop when more of the rows fail; default: corpus.yaml's.")]
 Rewrite = Annotated[list[str] | None, typer.Option("--rewrite", help="Write this shard again, e.g. hq-000003.")]
-
-HELP = {
-    "ingest": "List the sources; fetch what lies behind URLs or in table cells.",
-    "score": "Measure every image: size, sharpness, noise, compression, upscaling, perceptual hash, own metrics.",
-    "dedup": "Find exact and near duplicates.",
-    "select": "Decide what is kept, by the thresholds of corpus.yaml. Touches no image.",
-    "tile": "Choose the crops of the kept images that become samples.",
-    "shard": "Plan and write the WebDataset shards, their indexes and the manifest.",
-}
-
 
 class Terminal(Show):
     """Progress bars on a terminal; elsewhere a line every ten seconds."""
@@ -105,51 +95,57 @@ def interruptible() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def run_stages(names: list[str], workspace: str, *, dry_run: bool, limit: int | None, address: str | None,
+def run_stages(stages: Iterable[Stage], workspace: str, *, dry_run: bool, limit: int | None, address: str | None,
                workers: int | None, retry: bool, error_rate: float | None, rewrite: list[str] | None = None,
+               adjust: Callable[[Corpus], Corpus] = lambda corpus: corpus,
                then: Callable[[Session], None] = lambda session: None) -> None:
     """Runs stages one after the other, holding the workspace."""
     interruptible()
     with reported():
         folder = Folder.at(workspace)
-        corpus = configuration.load(folder)
-        check_rules(corpus)     # a mistake in a rule is told now, and not after hours of scoring
+        corpus = adjust(configuration.load(folder))
+        for check in dict.fromkeys([check_rules, *(stage.check for stage in stages)]):
+            check(corpus)       # a mistake is told now, and not after hours of scoring
         cluster = Cluster(address, workers)
         session = Session(folder, corpus, cluster, Terminal(), limit, dry_run, retry, tuple(rewrite or ()), error_rate)
         held = contextlib.nullcontext() if dry_run else Lock(folder, " ".join(["clearshard", *sys.argv[1:]]))
         with held:
             try:
-                for name in names:
-                    STAGES[name](session)
+                for stage in stages:
+                    stage.run(session)
                 then(session)
             finally:
                 cluster.stop()
 
 
-def stage_command(name: str) -> Callable[..., None]:
+def stage_command(stage: Stage) -> Callable[..., None]:
     """The command of one stage."""
     def command(workspace: Workspace, dry_run: DryRun = False, limit: Limit = None, address: Address = None,
                 workers: Workers = None, retry_errors: Retry = False, max_error_rate: ErrorRate = None) -> None:
-        run_stages([name], workspace, dry_run=dry_run, limit=limit, address=address, workers=workers,
+        run_stages([stage], workspace, dry_run=dry_run, limit=limit, address=address, workers=workers,
                    retry=retry_errors, error_rate=max_error_rate)
-    command.__doc__ = HELP[name]
     return command
 
 
 def shard(workspace: Workspace, rewrite: Rewrite = None, dry_run: DryRun = False, limit: Limit = None,
           address: Address = None, workers: Workers = None, max_error_rate: ErrorRate = None) -> None:
-    run_stages(["shard"], workspace, dry_run=dry_run, limit=limit, address=address, workers=workers, retry=False,
-               error_rate=max_error_rate, rewrite=rewrite)
+    run_stages([STAGES["shard"]], workspace, dry_run=dry_run, limit=limit, address=address, workers=workers,
+               retry=False, error_rate=max_error_rate, rewrite=rewrite)
 
 
-def run(workspace: Workspace, dry_run: DryRun = False, limit: Limit = None, address: Address = None,
-        workers: Workers = None, retry_errors: Retry = False, max_error_rate: ErrorRate = None) -> None:
-    """Everything that is configured and not done yet, from ingest to shards and the report."""
-    def finish(session: Session) -> None:
-        if not dry_run:
-            console.print(f"report: {write_report(session.workspace, session.corpus)}", markup=False)
-    run_stages(list(STAGES), workspace, dry_run=dry_run, limit=limit, address=address, workers=workers,
-               retry=retry_errors, error_rate=max_error_rate, then=finish)
+def run_command(stages: list[Stage]) -> Callable[..., None]:
+    """`clearshard run`: those of the stages that the corpus wants, and the report."""
+    def run(workspace: Workspace, dry_run: DryRun = False, limit: Limit = None, address: Address = None,
+            workers: Workers = None, retry_errors: Retry = False, max_error_rate: ErrorRate = None) -> None:
+        """Everything that is configured and not done yet, from ingest to shards and the report."""
+        def finish(session: Session) -> None:
+            if not dry_run:
+                console.print(f"report: {write_report(session.workspace, session.corpus)}", markup=False)
+        with reported():
+            corpus = configuration.load(Folder.at(workspace))
+        run_stages([stage for stage in stages if stage.configured(corpus)], workspace, dry_run=dry_run, limit=limit,
+                   address=address, workers=workers, retry=retry_errors, error_rate=max_error_rate, then=finish)
+    return run
 
 
 Sources = Annotated[list[str], typer.Option("--source", help="Where images come from: URI or GROUP=URI.")]
@@ -207,10 +203,7 @@ def report(workspace: Workspace) -> None:
 def register(app: typer.Typer) -> None:
     """Adds this room's commands."""
     app.command()(init)
-    for name in STAGES:
-        if name == "shard":
-            app.command(help=HELP[name])(shard)
-        else:
-            app.command(name, help=HELP[name])(stage_command(name))
-    for function in (verify, report, run):
+    for name, stage in STAGES.items():
+        app.command(name, help=stage.help)(shard if name == "shard" else stage_command(stage))
+    for function in (verify, report):
         app.command()(function)

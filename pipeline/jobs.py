@@ -165,15 +165,19 @@ class RowJob(Job):
         return earlier
 
     def _earlier(self, unit: Unit) -> Earlier:
-        """What an older part of the same key holds, if it was made with the same settings."""
-        rows, failed = self._same_settings(self.output, unit.earlier), self._same_settings(self.quarantine, unit.failed)
-        return Earlier({row[self.identity]: row for row in rows}, {row["ref"]: row for row in failed})
+        """What older parts of the same key hold that still counts."""
+        return Earlier({row[self.identity]: row for row in self._earlier_rows(unit.earlier)},
+                       {row["ref"]: row for row in self._read(self.quarantine, unit.failed, self.settings_digest())})
 
-    def _same_settings(self, table: Table, part: Part | None) -> list[dict]:
+    def _earlier_rows(self, part: Part | None) -> list[dict]:
+        return self._read(self.output, part, self.settings_digest())
+
+    def _read(self, table: Table, part: Part | None, settings: str | None = None) -> list[dict]:
+        """The rows of an older part, if it was made with these settings; None: with any."""
         if part is None:
             return []
         try:
-            same = table.metadata(part).get("settings") == self.settings_digest()
+            same = settings is None or table.metadata(part).get("settings") == settings
             return table.read(part).to_pylist() if same else []
         except FileNotFoundError:       # this unit was done before and its worker died before it could say so
             return []

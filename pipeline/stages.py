@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import scores
+from . import rates, scores
 from .child import in_child
 from .cluster import Cluster, Totals
 from .config import ConfigError, Corpus
@@ -71,6 +71,7 @@ class Session:
             totals = self.cluster.run(job, units, allowed, self.show.advance)
         finally:
             self.show.end()
+        rates.note(self.workspace, job, totals)
         self.show.say(f"{job.name}: {summary(totals)}")
         return totals
 
@@ -124,7 +125,6 @@ def run_dedup(session: Session) -> None:
 
 
 def run_select(session: Session) -> None:
-    check_rules(session.corpus)     # refused before anything starts
     session.run(SelectJob(session.workspace, session.corpus))
 
 
@@ -158,10 +158,26 @@ def run_shard(session: Session) -> None:
                          f"{counts['bytes'] / 1e6:.1f} MB")
 
 
-STAGES: dict[str, Callable[[Session], None]] = {
-    "ingest": run_ingest, "score": run_score, "dedup": run_dedup, "select": run_select, "tile": run_tile,
-    "shard": run_shard,
-}
+@dataclass(frozen=True)
+class Stage:
+    """One step of a corpus, and what a user types for it."""
+
+    name: str
+    help: str
+    run: Callable[[Session], None]
+    check: Callable[[Corpus], None] = lambda corpus: None       # refuses a mistake before anything starts
+    configured: Callable[[Corpus], bool] = lambda corpus: True  # whether this corpus wants the stage
+
+
+STAGES = {stage.name: stage for stage in (
+    Stage("ingest", "List the sources; fetch what lies behind URLs or in table cells.", run_ingest),
+    Stage("score", "Measure every image: size, sharpness, noise, compression, upscaling, perceptual hash, own metrics.",
+          run_score),
+    Stage("dedup", "Find exact and near duplicates.", run_dedup),
+    Stage("select", "Decide what is kept, by the thresholds of corpus.yaml. Touches no image.", run_select, check_rules),
+    Stage("tile", "Choose the crops of the kept images that become samples.", run_tile),
+    Stage("shard", "Plan and write the WebDataset shards, their indexes and the manifest.", run_shard),
+)}
 
 
 def summary(totals: Totals) -> str:

@@ -111,7 +111,7 @@ def run(ray_here):
         folder, show = Folder.at(str(workspace)), Lines()
         session = Session(folder, config.load(folder), Cluster(), show, **options)
         for name in names or STAGES:
-            STAGES[name](session)
+            STAGES[name].run(session)
         return show.lines
 
     return stages

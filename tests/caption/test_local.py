@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from caption.local import Captioner, LocalModel, Preparer, Sampling
+from caption.config import LocalModel, Sampling
+from caption.local import Captioner, Preparer
 from degrade.strict import ConfigError
 from models.tiny_llava import PHOTOGRAPHS, QUESTIONS, sample_photographs
 
-ROOM = Sampling(max_new_tokens=40)
+ROOM = 40         # tokens
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_padding_on_the_right_would_not_go_unnoticed(captioner, asked):
 
 def test_an_answer_without_room_says_so(captioner, asked):
     images, questions, right = asked
-    short = captioner(captioner.preparer(images[:1], questions[:1]), Sampling(max_new_tokens=4))[0]
+    short = captioner(captioner.preparer(images[:1], questions[:1]), 4)[0]
     assert (short.finish_reason, short.tokens) == ("length", 4)
     assert right[0].startswith(short.text)
 
@@ -69,7 +70,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_callers_generator_alone(c
     inputs = captioner.preparer(images, questions)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    first, again, other = (texts(captioner(inputs, Sampling(40, temperature=5.0, top_p=1.0, seed=seed)))
+    first, again, other = (texts(captioner(inputs, ROOM, Sampling(temperature=2.0, top_p=1.0, seed=seed)))
                            for seed in (1, 1, 2))
     assert first == again != other
     assert torch.equal(before, torch.random.get_rng_state())
