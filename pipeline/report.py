@@ -12,10 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import duckdb
 import jinja2
-import simplejpeg
 
 from . import scores
 from .config import Corpus
@@ -23,24 +21,26 @@ from .decode import decode
 from .dedup import duplicates
 from .ingest import sources
 from .jobs import Timed, error_class
+from .plan import captions, negatives
 from .query import database
+from .report_models import captioned, painted
 from .score import metric_table, read_image, scores_table
 from .selection import DUPLICATE, REPLACED, is_number, quoted, ranges, rules, selection
 from .shards import stated
 from .storage import Folder
 from .tables import QUARANTINE, Table, contents, digest
+from .thumbnails import thumbnail_bytes
 from .tile import tiles
 
 PAGE, STATE = "corpus.html", "corpus.inputs.json"
 KEPT_SHOWN, REASON_SHOWN, CLUSTERS_SHOWN, ERRORS_SHOWN, SHARDS_SHOWN = 30, 10, 12, 5, 100
-THUMBNAIL = 168         # pixels of the longer side
 BINS = 40
 
 
 def write_report(workspace: Folder, corpus: Corpus) -> str:
     """Writes `reports/corpus.html` unless it is up to date; returns where it is."""
     folder, tables = workspace / "reports", all_tables(workspace, corpus)
-    inputs = digest(5, corpus.model_dump(), stated(workspace / "shards"),
+    inputs = digest(6, corpus.model_dump(), stated(workspace / "shards"),
                     contents(tables))
     with contextlib.suppress(FileNotFoundError, ValueError):
         if folder.exists(PAGE) and json.loads(folder.read(STATE)) == inputs:
@@ -54,9 +54,10 @@ def write_report(workspace: Folder, corpus: Corpus) -> str:
 
 
 def all_tables(workspace: Folder, corpus: Corpus) -> dict[str, Table]:
-    stages = ["ingest", "fetch", "score", "tile", "shard", *(f"metric-{m.name}" for m in corpus.score.metrics)]
+    stages = ["ingest", "fetch", "score", "tile", "caption", "negatives", "shard", *(f"metric-{m.name}" for m in corpus.score.metrics)]
     return ({"sources": sources(workspace), "scores": scores_table(workspace), "duplicates": duplicates(workspace),
-             "selection": selection(workspace), "tiles": tiles(workspace)}
+             "selection": selection(workspace), "tiles": tiles(workspace),
+             "captions": captions(workspace, corpus), "negatives": negatives(workspace)}
             | {f"metric_{m.name}": metric_table(workspace, m.name) for m in corpus.score.metrics}
             | {f"quarantine_{s.replace('-', '_')}": Table(workspace / "quarantine" / s, QUARANTINE) for s in stages})
 
@@ -77,6 +78,7 @@ class Page:
         return template.render(
             workspace=str(self.workspace), funnel=self.funnel(), facts=self.facts(), kept=self.kept(),
             rejected=self.rejected(), clusters=self.clusters(), errors=self.errors(), shards=self.shards(),
+            captions=captioned(self.db, self.corpus), negatives=painted(self.db, self.corpus),
             config=self.corpus, rule_count=len(rules(self.corpus)))
 
     def rows(self, sql: str) -> list[dict]:
@@ -199,22 +201,14 @@ class Page:
 
 def thumbnail(row: dict, corpus: Corpus) -> dict:
     """A small picture of a source row as a data URI, or the reason why there is none."""
+    limits = corpus.score.limits
     about = {"name": row["name"], "size": f"{row['width']} × {row['height']}", "image": None, "problem": None}
     try:
-        with Timed(lambda r: small(read_image(r, corpus.score.limits.max_bytes), corpus), 60) as make:
+        with Timed(lambda r: thumbnail_bytes(decode(read_image(r, limits.max_bytes), limits)), 60) as make:
             about["image"] = "data:image/jpeg;base64," + base64.b64encode(make(row)).decode()
     except Exception as error:      # the page must come out whatever became of the files
         about["problem"] = error_class(error)
     return about
-
-
-def small(data: bytes, corpus: Corpus) -> bytes:
-    image = decode(data, corpus.score.limits)
-    scale = THUMBNAIL / max(image.shape[:2])
-    if scale < 1:
-        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return simplejpeg.encode_jpeg(image, 80, "RGB", "420")
 
 
 def number(value: float) -> str:
