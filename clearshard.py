@@ -13,8 +13,8 @@ from pipeline.doctor import doctor
 from pipeline.stages import STAGES
 
 STAGES = STAGES | CAPTION_STAGES
-run = pipeline_commands.run_command([STAGES[step.name] for step in graph.order(graph.GRAPHS["corpus"])
-                                     if step.name in STAGES])
+ORDER = [STAGES[step.name] for step in graph.order(graph.GRAPHS["corpus"]) if step.name in STAGES]
+run = pipeline_commands.run_command(ORDER)
 
 app = typer.Typer(help="Raw photographs in, trained image restorers out.", no_args_is_help=True,
                   add_completion=False, rich_markup_mode=None, pretty_exceptions_show_locals=False)

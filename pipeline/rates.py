@@ -24,6 +24,7 @@ def note(workspace: Folder, job: Job, totals: Totals) -> None:
     rates = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         rates = json.loads((workspace / "reports").read(NAME))
+    rates = rates if isinstance(rates, dict) else {}
     rates[job.name] = {"rows": totals.rows, "seconds": round(totals.seconds, 3), **_machines(job)}
     (workspace / "reports").write(NAME, json.dumps(rates, indent=1, sort_keys=True).encode())
 

@@ -94,10 +94,11 @@ def on_cluster(ray_here) -> dict:
 
 @pytest.fixture
 def run(ray_here):
-    """run(workspace, *stages, **options): stages in this process; returns what was said."""
+    """run(workspace, *stages, **options): stages in this process, by default all configured; returns what was said."""
+    from clearshard import ORDER
     from pipeline import config
     from pipeline.cluster import Cluster
-    from pipeline.stages import STAGES, Session, Show
+    from pipeline.stages import Session, Show
     from pipeline.storage import Folder
 
     class Lines(Show):
@@ -110,8 +111,9 @@ def run(ray_here):
     def stages(workspace: Path, *names: str, **options: object) -> list[str]:
         folder, show = Folder.at(str(workspace)), Lines()
         session = Session(folder, config.load(folder), Cluster(), show, **options)
-        for name in names or STAGES:
-            STAGES[name].run(session)
+        for stage in ORDER:
+            if stage.name in names or (not names and stage.configured(session.corpus)):
+                stage.run(session)
         return show.lines
 
     return stages

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-LAYERS = {"models": 0, "degrade": 0, "pipeline": 1, "caption": 2, "sample": 3, "train": 4, "dags": 5, "clearshard": 5}
+LAYERS = {"models": 0, "degrade": 0, "pipeline": 1, "caption": 2, "sample": 3, "train": 4, "dags": 5, "clearshard": 6}
 
 
 def imported(path: Path) -> set[str]:
