@@ -48,8 +48,7 @@ class CaptionJob(RowJob):
         self.wording = {"version": 1, "commentary": config.commentary, "limit": config.limit,
                         "tokenizer": config.tokenizer}
         self.settings = {"asking": self.asking, "wording": self.wording}
-        depth = 2 if config.openai is None else max(2, min(32, config.openai.concurrency // 4))
-        self.pool = Replicas(config.replicas, 0.0 if config.openai else config.gpus, depth)
+        self.pool = Replicas(config.replicas, 0.0 if config.openai else config.gpus)
 
     def inputs(self) -> Iterator[tuple[str, dict[str, Part]]]:
         """Parts of the tiles, cut into slices by the references of their images."""
@@ -63,7 +62,12 @@ class CaptionJob(RowJob):
         units = super().pending()
         with ThreadPoolExecutor(16) as threads:
             counts = dict(threads.map(self._counted, {unit.parts["input"].key: unit for unit in units}.values()))
-        return [replace(unit, rows=counts[unit.parts["input"].key][slice_of(unit)]) for unit in units]
+        units = [replace(unit, rows=counts[unit.parts["input"].key][slice_of(unit)]) for unit in units]
+        if self.config.openai and units:
+            # As many units side by side as fill the bound of requests twice.
+            usual = max(1.0, sum(unit.rows for unit in units) / len(units))
+            self.pool = replace(self.pool, depth=max(2, min(64, ceil(2 * self.config.openai.concurrency / usual))))
+        return units
 
     def _counted(self, unit: Unit) -> tuple[str, Counter]:
         part, counts = unit.parts["input"], Counter()

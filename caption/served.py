@@ -133,8 +133,8 @@ def _session(server: Server) -> aiohttp.ClientSession:
 
 
 async def _ask(session: aiohttp.ClientSession, server: Server, question: Question, clock: _Clock) -> Answer:
-    failure = Answer(question.key)
-    for attempt in range(server.retries + 1):
+    failure, attempt = Answer(question.key), 0
+    while True:
         pause = min(60.0, server.backoff_s * 2 ** attempt) * random.uniform(0.5, 1)
         try:
             async with session.post(f"{server.url.rstrip('/')}/chat/completions", json=body(server, question)) as reply:
@@ -154,14 +154,20 @@ async def _ask(session: aiohttp.ClientSession, server: Server, question: Questio
                         clock.answered()
                         return failure
                     pause = max(pause, _asked_to_wait(reply))
+        except aiohttp.ClientConnectorError as error:
+            # Nobody listens: no fault of this row, so it waits as long as patience lasts.
+            clock.check(f"{error}")
+            await asyncio.sleep(min(pause, 5.0, server.patience_s / 4))
+            continue
         except TimeoutError:
             failure = Answer(question.key, error="timeout", message=f"no answer within {server.timeout_s:g} s")
         except aiohttp.ClientError as error:
             failure = Answer(question.key, error="no_connection", message=f"{type(error).__name__}: {error}"[:300])
         clock.check(failure.message)
-        if attempt < server.retries:
-            await asyncio.sleep(min(pause, server.patience_s))
-    return failure
+        attempt += 1
+        if attempt > server.retries:
+            return failure
+        await asyncio.sleep(min(pause, server.patience_s))
 
 
 def body(server: Server, question: Question) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def ahead(prepare: Prepare, batches: Iterable[list[dict]], depth: int = 4) -> It
         yield from map(prepare, batches)
         return
     import ray
-    task = ray.remote(_prepare).options(num_cpus=1, max_retries=2)
+    prepared = ray.remote(_prepare)
+    task = prepared.options(num_cpus=1, max_retries=2)
     source, waiting, given = iter(batches), deque(), ray.put(prepare)
     while True:
         while len(waiting) < depth and (rows := next(source, None)) is not None:
@@ -54,7 +55,7 @@ def ahead(prepare: Prepare, batches: Iterable[list[dict]], depth: int = 4) -> It
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError:
-            yield from _one_by_one(task.options(max_retries=0), given, rows)
+            yield from _one_by_one(prepared.options(num_cpus=1, max_retries=0), given, rows)
         else:
             yield batch
         del reference       # frees the tensors before the next are waited for
@@ -78,4 +79,5 @@ def _one_by_one(task: Any, given: Any, rows: list[dict]) -> Iterator[Batch]:
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError:
-            yield Batch(failed=[(row, RowCrashed("the worker that prepared it died: a crash of the decoder, or no memory"))])
+            died = RowCrashed("the worker that prepared it died: its decoder crashed, or there was no memory")
+            yield Batch(failed=[(row, died)])
