@@ -18,12 +18,13 @@ from .generated import Generated
 from .shown import Encoded, Shown, Tensors
 
 STAGE = "caption"
+Answers = Iterator[tuple[dict, Generated | dict]]       # a row, and what was answered or its quarantine row
 
 
 class Backend(Protocol):
     """Answers the questions of rows; safe to use from several threads at once."""
 
-    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Iterator[tuple[dict, Generated | dict]]:
+    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Answers:
         """Each row with what was answered, or with its quarantine row; in any order."""
 
 
@@ -36,7 +37,7 @@ class Local:
         self.prepare, self.batch_size = Tensors(shown, model.model), model.batch_size
         self.lock = threading.Lock()
 
-    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Iterator[tuple[dict, Generated | dict]]:
+    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Answers:
         batches = cut(sorted(rows, key=expected_length), 1 if one_by_one else self.batch_size)
         for batch in ahead(self.prepare, batches):
             yield from batch.failures(STAGE)
@@ -67,7 +68,7 @@ class Served:
         from .served import Client
         self.client, self.prepare, self.max_new_tokens = Client(server), Encoded(shown), max_new_tokens
 
-    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Iterator[tuple[dict, Generated | dict]]:
+    def answers(self, rows: list[dict], sampling: Sampling, one_by_one: bool) -> Answers:
         from .served import Question
         by_key, failed = {row["ref"]: row for row in rows}, []
 

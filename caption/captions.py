@@ -44,7 +44,8 @@ class CaptionJob(RowJob):
         config = self.config
         self.asking = {"model": self.model, "prompt": config.prompt.model_dump(), "max_side": config.max_side,
                        "sampling": config.sampling.model_dump(), "retry": config.retry and config.retry.model_dump(),
-                       "precision": config.transformers and [config.transformers.dtype, config.transformers.quantisation]}
+                       "precision": config.transformers and config.transformers.model_dump(
+                           include={"dtype", "quantisation"})}
         self.wording = {"version": 1, "commentary": config.commentary, "limit": config.limit,
                         "tokenizer": config.tokenizer}
         self.settings = {"asking": self.asking, "wording": self.wording}
@@ -124,7 +125,7 @@ class CaptionJob(RowJob):
             else:
                 again.append((row, caption, answer))
         first = {row["ref"]: (caption, answer) for row, caption, answer in again}
-        for row, answer in self._backend().answers([row for row, _, _ in again], config.retry, isolate) if again else ():
+        for row, answer in self._backend().answers([row for row, *_ in again], config.retry, isolate) if again else ():
             caption, kept = first[row["ref"]]
             if isinstance(answer, Generated):
                 better = self._described(row, answer.text, answer.finish_reason)

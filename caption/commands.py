@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from pipeline import config as configuration
-from pipeline.commands import Address, DryRun, ErrorRate, Limit, Retry, Workers, Workspace, console, reported, run_stages
+from pipeline.commands import (
+    Address,
+    DryRun,
+    ErrorRate,
+    Limit,
+    Retry,
+    Workers,
+    Workspace,
+    console,
+    reported,
+    run_stages,
+)
 from pipeline.config import Corpus
 from pipeline.stages import Stage
 from pipeline.storage import Folder
@@ -15,7 +26,8 @@ from pipeline.storage import Folder
 from . import forecast_commands
 from .stages import STAGES
 
-IfConfigured = Annotated[bool, typer.Option("--if-configured", help="Do nothing where corpus.yaml has no such section.")]
+IfConfigured = Annotated[bool, typer.Option(
+    "--if-configured", help="Do nothing where corpus.yaml has no such section.")]
 Count = Annotated[int | None, typer.Option("--count", min=1, help="So many images; default: corpus.yaml's.")]
 
 

@@ -47,8 +47,8 @@ class Sampling(Strict):
 class Workers(Strict):
     """The pool of a job that keeps a model."""
 
-    replicas: int | None = Field(None, ge=1, description="workers; null: one per free place for `gpus`, without GPUs one")
-    gpus: float | None = Field(None, ge=0, description="of each worker: a fraction, or several; null: 1 if there are any")
+    replicas: int | None = Field(None, ge=1, description="workers; null: one per place for `gpus`, without GPUs one")
+    gpus: float | None = Field(None, ge=0, description="of each: a fraction, or several; null: 1 if there are any")
 
 
 class Captions(Workers):
@@ -56,11 +56,11 @@ class Captions(Workers):
 
     transformers: LocalModel | None = None
     openai: Server | None = None
-    name: str = Field("main", pattern=r"^[a-z0-9_-]+$", description="of this set of captions; several can lie side by side")
+    name: str = Field("main", pattern=r"^[a-z0-9_-]+$", description="of this set; several lie side by side")
     prompt: Prompt = Field("supir", validate_default=True, description="a preset's name, or a prompt of one's own")
     sampling: Sampling = Sampling()
-    retry: Sampling | None = Field(Sampling(temperature=0.7), description="for flagged answers; null: no second attempt")
-    max_side: int | None = Field(1024, ge=28, description="pixels of the longer side that is shown; null: as it is")
+    retry: Sampling | None = Field(Sampling(temperature=0.7), description="for flagged answers; null: no second try")
+    max_side: int | None = Field(1024, ge=28, description="pixels of the longer side shown; null: as it is")
     commentary: bool = Field(True, description="keep closing remarks such as 'Overall, …'")
     tokenizer: str | None = Field(None, description="folder of CLIP's tokenizer, for `tokens` and `short`")
     limit: int = Field(77, ge=3, description="CLIP tokens of `short`")

@@ -1,4 +1,4 @@
-"""Captions from a model on this machine: any image-text-to-text model of transformers (LLaVA-1.5, NeXT, OneVision, …).
+"""Captions from a model on this machine: any image-text-to-text model of transformers, such as LLaVA-1.5 or OneVision.
 
 Two halves, so that neither waits for the other: a `Preparer` turns images and questions into tensors on CPUs, a
 `Captioner` holds the weights and generates.
@@ -20,6 +20,7 @@ from .config import LocalModel, Sampling
 from .generated import Generated
 
 Inputs = dict[str, torch.Tensor]
+GREEDY = Sampling()
 
 
 class Preparer:
@@ -83,7 +84,7 @@ class Captioner:
             self.model.to(self.device)
         self.model.eval()
 
-    def __call__(self, inputs: Inputs, max_new_tokens: int, sampling: Sampling = Sampling()) -> list[Generated]:
+    def __call__(self, inputs: Inputs, max_new_tokens: int, sampling: Sampling = GREEDY) -> list[Generated]:
         """Generates for a batch; one that does not fit into memory is done in halves.
 
         Raises:

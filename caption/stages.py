@@ -45,9 +45,9 @@ def _identity(session: Session, folder: str, gpus: float | None) -> str:
             return fingerprint(folder)
         return session.cluster.call(fingerprint, folder, num_cpus=0, num_gpus=float(gpus or 0))
     except OSError as error:
-        raise ConfigError(f"{folder}: no model is there ({error}). Nothing is downloaded here: on a machine with network "
-                          "run `hf download MODEL --local-dir FOLDER`, and name that folder, with the same path on "
-                          "every node") from None
+        raise ConfigError(f"{folder}: no model is there ({error}). Nothing is downloaded here: on a machine with "
+                          "network run `hf download MODEL --local-dir FOLDER`, and name that folder, with the same "
+                          "path on every node") from None
 
 
 def _say_flags(session: Session, name: str, table: Table) -> None:

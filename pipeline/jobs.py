@@ -84,7 +84,7 @@ class Job(ABC):
     def tidy(self) -> None:
         """Removes what a killed run left; called once by the holder of the workspace."""
 
-    def load(self) -> None:
+    def load(self) -> None:     # noqa: B027 (most jobs have nothing to load)
         """Makes a worker of the pool ready, before its first unit: loads the model."""
 
 
@@ -146,8 +146,8 @@ class RowJob(Job):
         good, bad = [], []
         for ref in held:
             result, refusal = results.get(ref) or (held[ref], refused.get(ref))
-            if result is None and refusal is None:      # beyond the limit: what other settings made is better than nothing
-                result = earlier.rows.get(ref)
+            if result is None and refusal is None:
+                result = earlier.rows.get(ref)      # beyond the limit: what other settings made is better than nothing
             good.extend([result] if result else [])
             bad.extend([refusal] if refusal else [])
         self._write(unit, good, bad)

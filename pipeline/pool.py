@@ -43,7 +43,7 @@ class Queue:
         return self.attempts.get(unit.key, 0) >= 2
 
     def again(self, unit: Unit, error: Exception, blamed: bool = True) -> None:
-        """A worker or node died: the unit waits again, at the head; `blamed` is False where it cannot have been at fault.
+        """A worker or node died: the unit waits again, at the head; `blamed`: it may have been the cause.
 
         Raises:
             JobStopped: for the fifth time.
@@ -131,9 +131,10 @@ class Pool:
         # Several GPUs of one worker lie on one node.
         room = sum(int(node["Resources"].get("GPU", 0) / self.gpus + 1e-6) for node in ray.nodes() if node["Alive"])
         if not room and not self.members:
-            raise JobStopped(f"{self.job.name}: each worker asks for {self.gpus:g} GPUs, and no node of the cluster has as "
-                             f"many (in all there are {have:g}). Ask for fewer (`gpus`), set `replicas` to wait for nodes "
-                             "to come, or run where there are GPUs.")
+            raise JobStopped(
+                f"{self.job.name}: each worker asks for {self.gpus:g} GPUs, and no node of the cluster has as many (in "
+                f"all there are {have:g}). Ask for fewer (`gpus`), set `replicas` to wait for nodes to come, or run "
+                "where there are GPUs.")
         return room
 
     def _start(self) -> None:

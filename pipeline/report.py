@@ -54,7 +54,8 @@ def write_report(workspace: Folder, corpus: Corpus) -> str:
 
 
 def all_tables(workspace: Folder, corpus: Corpus) -> dict[str, Table]:
-    stages = ["ingest", "fetch", "score", "tile", "caption", "negatives", "shard", *(f"metric-{m.name}" for m in corpus.score.metrics)]
+    stages = ["ingest", "fetch", "score", "tile", "caption", "negatives", "shard",
+              *(f"metric-{m.name}" for m in corpus.score.metrics)]
     return ({"sources": sources(workspace), "scores": scores_table(workspace), "duplicates": duplicates(workspace),
              "selection": selection(workspace), "tiles": tiles(workspace),
              "captions": captions(workspace, corpus), "negatives": negatives(workspace)}

@@ -171,10 +171,10 @@ class Stage:
 
 STAGES = {stage.name: stage for stage in (
     Stage("ingest", "List the sources; fetch what lies behind URLs or in table cells.", run_ingest),
-    Stage("score", "Measure every image: size, sharpness, noise, compression, upscaling, perceptual hash, own metrics.",
+    Stage("score", "Measure every image: size, sharpness, noise, compression, upscaling, hash, own metrics.",
           run_score),
     Stage("dedup", "Find exact and near duplicates.", run_dedup),
-    Stage("select", "Decide what is kept, by the thresholds of corpus.yaml. Touches no image.", run_select, check_rules),
+    Stage("select", "Decide what is kept, by the thresholds of corpus.yaml. Reads no image.", run_select, check_rules),
     Stage("tile", "Choose the crops of the kept images that become samples.", run_tile),
     Stage("shard", "Plan and write the WebDataset shards, their indexes and the manifest.", run_shard),
 )}

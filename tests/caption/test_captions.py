@@ -123,8 +123,8 @@ def test_every_photograph_gets_its_own_caption_once_and_the_shards_have_it(capti
     for path in (captioned / "shards").glob("hq-*.tar"):
         with tarfile.open(path) as tar:
             texts = {m.name: tar.extractfile(m).read() for m in tar if not m.name.endswith(".jpg")}
-        written |= {json.loads(texts[name])["name"].partition(".")[0]: (texts[name[:-5] + ".txt"], json.loads(texts[name]))
-                    for name in texts if name.endswith(".json")}
+        for about in (json.loads(texts[name]) for name in texts if name.endswith(".json")):
+            written[about["name"].partition(".")[0]] = texts[about["key"] + ".txt"], about
     assert {name: text.decode() for name, (text, _) in written.items()} == {
         name.partition(".")[0]: text for name, text in SHORT.items()}
     provenance = written["rocket"][1]

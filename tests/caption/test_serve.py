@@ -9,10 +9,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cluster import JobStopped
+from pipeline import config
+from pipeline.pool import JobStopped
+from pipeline.report import write_report
+from pipeline.storage import Folder
 from tests.caption.test_captions import OPEN, SENTENCE, SHORT, photographs, quarantined, table  # noqa: F401
 from tests.caption.test_served import said, serving
 from tests.conftest import photograph
@@ -26,8 +31,8 @@ def transformers_serve(model, port):
     """`transformers serve` on loopback, until the block ends."""
     process = subprocess.Popen(
         [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", str(model), "--device", "cpu",
-         "--port", str(port)], env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True)
+         "--port", str(port)], env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         end = time.monotonic() + 120
         while True:
@@ -101,8 +106,8 @@ def test_the_bound_of_requests_is_kept_full_over_the_borders_of_units(tmp_path, 
 
 def test_refusals_and_nonsense_are_never_good_captions_and_nothing_in_them_is_html(tmp_path, run):
     (tmp_path / "pile").mkdir()
-    answers = {"a": "I'm sorry, but I cannot see the image.", "b": "\x01\x02\x03\x04", "c": "A red wall, red as a rose.",
-               "d": "<script>alert(1)</script> stands on a wall."}
+    answers = {"a": "I'm sorry, but I cannot see the image.", "b": "\x01\x02\x03\x04",
+               "c": "A red wall, red as a rose.", "d": "<script>alert(1)</script> stands on a wall."}
     for seed, name in enumerate(answers):
         photograph(seed, 200, 200).save(tmp_path / "pile" / f"{name}.png")
 
@@ -117,12 +122,8 @@ def test_refusals_and_nonsense_are_never_good_captions_and_nothing_in_them_is_ht
     rows = {row["question"].split()[-1][0]: row for row in table(workspace)[0].values()}
     assert rows["a"]["flags"] == ["refusal"] and rows["c"]["flags"] == [] and rows["b"]["caption"] is None
     assert "control" in rows["b"]["flags"] and rows["a"]["attempts"] == 2
-    from pipeline import config
-    from pipeline.report import write_report
-    from pipeline.storage import Folder
     folder = Folder.at(str(workspace))
-    page = open(write_report(folder, config.load(folder))).read()
+    page = Path(write_report(folder, config.load(folder))).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page and "\x01" not in page
-    import pyarrow.parquet as pq
     captions = pq.read_table(workspace / "shards" / "manifest.parquet")["caption"].to_pylist()
     assert set(captions) == {answers["c"], rows["d"]["caption"]}

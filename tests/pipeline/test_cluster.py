@@ -2,6 +2,7 @@
 node that dies in the middle. Both nodes are on this machine."""
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY, photograph
@@ -69,19 +71,31 @@ def wait_for(condition, seconds):
         time.sleep(0.5)
 
 
-@pytest.mark.timeout(400)
-def test_a_submitted_job_survives_the_death_of_a_node(s3, two_nodes, tmp_path):  # noqa: F811
+MODELS = """
+caption:
+  transformers: {{model: {models}/llava, batch_size: 2}}
+  prompt: {{name: sentence, question: "Describe this image in one sentence.", max_new_tokens: 40, min_words: 4}}
+  replicas: 2
+negatives: {{model: {models}/sdxl, count: 200, size: 64, steps: 8, dtype: float32, batch_size: 2, replicas: 2}}
+"""
+
+
+@pytest.mark.timeout(500)
+def test_a_submitted_job_survives_the_death_of_a_node_in_every_stage(s3, two_nodes, tiny_models, tmp_path):  # noqa: F811
     client, _ = s3
     dashboard, address, environment, _, worker = two_nodes
     client.create_bucket(Bucket="cluster")
     for seed in range(40):
         photograph(seed, 512, 512).save(tmp_path / "p.jpg", quality=92)
         client.upload_file(str(tmp_path / "p.jpg"), "cluster", f"photos/{seed:02d}.jpg")
-    put_config(client, "cluster", tmp_path, "s3://cluster/photos")
+    put_config(client, "cluster", tmp_path, "s3://cluster/photos", extra=MODELS.format(models=tiny_models))
     job = subprocess.Popen([RAY, "job", "submit", f"--address={dashboard}", "--", *CLEARSHARD, "run", "s3://cluster/w"],
                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: job.poll() is not None or keys(client, "cluster", "w/scores/"), 120)
-    kill_node(worker)
+    for table in ("scores", "captions/main", "negatives/images"):
+        wait_for(lambda table=table: job.poll() is not None or keys(client, "cluster", f"w/{table}/"), 120)
+        kill_node(worker)
+        if table != "negatives/images":     # a node that joins is used
+            worker = start_node([f"--address={address}", f"--dashboard-agent-listen-port={free_port()}"], environment)
     output = job.communicate(timeout=200)[0]
     assert job.returncode == 0 and "samples in" in output, output
     verify = subprocess.run([*CLEARSHARD, "verify", "s3://cluster/w", f"--address={address}"], env=environment,
@@ -89,3 +103,9 @@ def test_a_submitted_job_survives_the_death_of_a_node(s3, two_nodes, tmp_path): 
     assert verify.returncode == 0 and "all well" in verify.stdout, verify.stdout + verify.stderr
     scored = sum(int(key.split("/")[-1].split("-")[1]) for key in keys(client, "cluster", "w/scores/"))
     assert scored == 40
+    answer = client.get_object(Bucket="cluster", Key="w/shards/manifest.parquet")
+    manifest = pq.read_table(io.BytesIO(answer["Body"].read()))
+    groups = manifest.group_by("group").aggregate([("key", "count"), ("key", "count_distinct"), ("caption", "count")])
+    counts = {row["group"]: row for row in groups.to_pylist()}
+    assert counts["negative"]["key_count"] == counts["negative"]["key_count_distinct"] == 200
+    assert counts["hq"]["key_count"] == counts["hq"]["caption_count"] == counts["hq"]["key_count_distinct"]

@@ -47,8 +47,8 @@ def bucket(s3, tmp_path):
     return client, environment, name
 
 
-def put_config(client, bucket, tmp_path, *sources):
-    configure(tmp_path / "config", *sources)
+def put_config(client, bucket, tmp_path, *sources, extra=""):
+    configure(tmp_path / "config", *sources, extra=extra)
     client.upload_file(str(tmp_path / "config" / "corpus.yaml"), bucket, "w/corpus.yaml")
 
 
