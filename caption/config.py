@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from degrade.strict import ConfigError, Strict, check
 from pipeline.config import NAME, Corpus, Range
+from pipeline.scores import FACTS
+from pipeline.selection import is_number
 
 from .prompts import Prompt, Quality, load_prompt, load_quality
 
@@ -76,11 +79,11 @@ class Captions(Workers):
 
 
 # What a generated image is flagged for: every range must hold. Ranges over the facts of docs/scores.md, and `likeness`.
-FLAGS = {
+NEGATIVE_FLAGS = {
     "black": {"clipped_dark": Range(min=0.9)},
     "blank": {"flat_share": Range(min=0.995)},
     "broken": {"noise": Range(min=40.0)},
-    "good": {"likeness": Range(min=0.7)},
+    "good": {"likeness": Range(min=0.8)},
 }
 
 
@@ -101,7 +104,17 @@ class Negatives(Workers):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     batch_size: int = Field(4, ge=1, description="images at a time; halved where they do not fit")
-    flags: dict[str, dict[str, Range]] = Field(FLAGS, description="flag: ranges of facts that bring it; {} flags none")
+    flags: dict[str, dict[str, Range]] = Field(NEGATIVE_FLAGS, description="flag: ranges of facts; {} flags none")
+
+    @field_validator("flags")
+    @classmethod
+    def _of_known_facts(cls, flags: dict[str, dict[str, Range]]) -> dict[str, dict[str, Range]]:
+        known = [fact.name for fact in FACTS if is_number(fact)] + ["likeness"]
+        for fact in (fact for ranges in flags.values() for fact in ranges if fact not in known):
+            near = difflib.get_close_matches(fact, known, n=1, cutoff=0.5)
+            raise ValueError(f"{fact!r} is no number that is computed; "
+                             + (f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"))
+        return flags
 
     _words = field_validator("words", mode="before")(lambda value: value if isinstance(value, Quality)
                                                      else load_quality(value))
