@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from .cluster import Totals
 
 NAME = "rates.json"
-ENOUGH = 20         # rows; fewer say nothing
+ENOUGH_S, ENOUGH_ROWS = 10.0, 10_000        # a shorter run with fewer rows measures how it starts
 
 
 def note(workspace: Folder, job: Job, totals: Totals) -> None:
     """Keeps the rate of a run that did enough, and on what it ran."""
-    if totals.rows < ENOUGH or totals.seconds <= 0:
+    if totals.seconds < ENOUGH_S and totals.rows < ENOUGH_ROWS:
         return
     rates = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
