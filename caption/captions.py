@@ -96,10 +96,6 @@ class CaptionJob(RowJob):
                 "offset": source["offset"], "length": source["length"], "question": prompt.ask(facts),
                 "system": prompt.system_for(facts)}
 
-    def load(self) -> None:
-        self._backend()
-        self._tokens()
-
     def _backend(self) -> Backend:
         return backend(self.config, self.corpus.score)
 

@@ -145,9 +145,10 @@ class PlanNegativesJob(Job):
                       "seed": int(digest(self.config.seed, *name, length=15), 16)}
 
     def _drop_images(self) -> None:
-        """Images of an earlier plan that has other parts leave the table."""
-        keys, images = self.table.parts(), negatives(self.workspace)
-        images.folder.delete(*(part.file for key, part in images.parts().items() if key not in keys))
+        """Images of an earlier plan that has other parts leave the table, and its refused rows the quarantine."""
+        keys = self.table.parts()
+        for table in (negatives(self.workspace), Table(self.workspace / "quarantine" / NegativesJob.name, QUARANTINE)):
+            table.folder.delete(*(part.file for key, part in table.parts().items() if key not in keys))
 
 
 @dataclass
@@ -165,7 +166,8 @@ class NegativesJob(RowJob):
         self.config: Negatives = negatives_of(self.corpus)
         self.input, self.output = planned(self.workspace), negatives(self.workspace)
         self.quarantine = Table(self.workspace / "quarantine" / self.name, QUARANTINE)
-        decides = {"mode", "strength", "steps", "guidance_scale", "size", "negative_prompt", "dtype"}
+        decides = {"mode", "steps", "guidance_scale", "size", "negative_prompt", "dtype"} | (
+            {"strength"} if self.config.mode == "image_to_image" else set())
         self.painting = {"version": 1, "model": self.model, **self.config.model_dump(include=decides),
                          "encoding": self.corpus.shard.encoding, "quality": self.corpus.shard.quality}
         self.settings = {"painting": self.painting,
@@ -203,9 +205,6 @@ class NegativesJob(RowJob):
     def rehearse(self, unit: Unit, rows: int) -> int:
         return 0                    # a dry run loads no model; `clearshard plan` says how long it would take
 
-    def load(self) -> None:
-        painter(self.config)
-
     def attempts(self, rows: list[dict], isolate: bool) -> Iterator[tuple[str, Attempt]]:
         prepare = Sources(self.corpus.score.limits, self.config, self.corpus.score.row_timeout_s)
         size = 1 if isolate else self.config.batch_size
@@ -230,6 +229,8 @@ class NegativesJob(RowJob):
 
     def _provenance(self, row: dict, uid: str, painted: Painted, facts: dict) -> dict:
         source = {name: row[name] for name in ("uid", "uri", "name", "licence", "author", "tile")}
+        if (row["uri"] or "").startswith(f"{(self.workspace / 'originals').uri}/"):
+            source["uri"] = row["name"]     # it was fetched: where from, as in the shards' own provenance
         return {"key": row["ref"], "uid": uid, "group": NEGATIVE, "generated": True, "prompt": painted.prompt,
                 "seed": row["seed"], "source": source | {"key": row["source"]} if row["uri"] else None,
                 "scores": facts, **self.painting}

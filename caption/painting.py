@@ -20,6 +20,8 @@ from pipeline.tables import digest
 from .config import Negatives
 from .tokens import LIMIT, Tokens, fit
 
+SUBJECT = 4         # tokens that are always left to a caption: one character of any script
+
 
 @dataclass(frozen=True)
 class Painted:
@@ -37,7 +39,7 @@ class NotFinite(ArithmeticError):
 
 @dataclass(frozen=True)
 class Sources:
-    """The tiles that are painted over, as `inputs["images"]`: (size, size, 3) uint8 arrays, None where there is none."""
+    """The tiles that are painted over, as `inputs["images"]`: (size, size, 3) uint8, None where there is none."""
 
     limits: Limits
     config: Negatives
@@ -70,7 +72,8 @@ class Painter:
     """A loaded SDXL. `painter(rows, inputs)` gives an image per row, or the error that it ended with.
 
     Raises:
-        ConfigError: diffusers is missing, the folder is not there or lacks a part, or there is no GPU where one is asked for.
+        ConfigError: diffusers is missing, the folder is not there or lacks a part, there is no GPU where one is asked
+            for, or the words leave no room for a subject.
     """
 
     def __init__(self, config: Negatives) -> None:
@@ -82,10 +85,14 @@ class Painter:
         self.pipeline = _load(config, getattr(torch, config.dtype)).to(name)
         self.pipeline.set_progress_bar_config(disable=True)
         self.tokens = Tokens(self.pipeline.tokenizer)
+        words = self.tokens.count(config.words.negative)
+        if words > LIMIT - SUBJECT:
+            raise ConfigError(f"negatives.words: {config.words.name!r} takes {words} of {LIMIT} tokens, and {SUBJECT} "
+                              "are kept for a subject; shorten its negative words")
 
     def __call__(self, rows: list[dict], inputs: dict[str, Any]) -> list[Painted | Exception]:
-        prompts = [self.prompt(row) for row in rows]
-        with self.lock:
+        with self.lock:     # also around the counting of tokens: padding is a state of the tokenizer that all share
+            prompts = [self.prompt(row) for row in rows]
             images = self._paint(rows, prompts, inputs["images"])
         return [image if isinstance(image, Exception) else Painted(image, prompt)
                 for image, prompt in zip(images, prompts, strict=True)]
@@ -124,20 +131,31 @@ class Painter:
 
 
 def _load(config: Negatives, dtype: Any) -> Any:
+    if lacking := _lacking(Path(config.model)):
+        raise ConfigError(f"{config.model} holds no {', no '.join(lacking)}: it is no whole SDXL in diffusers' layout. "
+                          "Nothing is downloaded here: on a machine with network run `hf download MODEL --local-dir "
+                          "FOLDER`")
     try:
         from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
     except ImportError as error:
         raise ConfigError(f"negatives need diffusers: pip install diffusers ({error})") from None
-    if not (Path(config.model) / "model_index.json").is_file():
-        raise ConfigError(f"{config.model} holds no model_index.json: it is no folder in diffusers' layout. Nothing is "
-                          "downloaded here: on a machine with network run `hf download MODEL --local-dir FOLDER`")
     kind = StableDiffusionXLImg2ImgPipeline if config.mode == "image_to_image" else StableDiffusionXLPipeline
     try:
         return kind.from_pretrained(config.model, torch_dtype=dtype, local_files_only=True, add_watermarker=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:      # files cut short end in safetensors' own error, others in nearly any
         first = str(error).strip().split("\n")[0]
         raise ConfigError(f"{config.model} cannot be loaded as SDXL (unet, vae, two text encoders and tokenizers, "
                           f"scheduler). {type(error).__name__}: {first}") from error
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What is missing in a folder of SDXL; without a vocabulary transformers would make do with an empty one."""
+    wanted = {name: [name] for name in (
+        "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+        "text_encoder_2/config.json", "scheduler/scheduler_config.json")}
+    wanted |= {f"{name}/vocab.json": [f"{name}/vocab.json", f"{name}/tokenizer.json"]
+               for name in ("tokenizer", "tokenizer_2")}
+    return [name for name, files in wanted.items() if not any((folder / file).is_file() for file in files)]
 
 
 def _pixels(image: np.ndarray) -> np.ndarray | NotFinite:

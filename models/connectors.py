@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-GROUPS, EPS = 32, 1e-5
-HEAD = 64           # channels of one head of cross-attention
+EPS = 1e-5
+HEAD = 64           # channels of one head of cross-attention; narrower networks have one head
 Scale = float | Tensor
 
 
@@ -26,10 +26,10 @@ class ZeroSFT(nn.Module):
     """
 
     def __init__(self, control_channels: int, skip_channels: int, decoder_channels: int, *, hidden: int = 128,
-                 gated: bool = False) -> None:
+                 groups: int = 32, gated: bool = False) -> None:
         super().__init__()
         total = skip_channels + decoder_channels
-        self.norm = nn.GroupNorm(GROUPS, total, eps=EPS)
+        self.norm = nn.GroupNorm(groups, total, eps=EPS)
         self.shared = nn.Conv2d(control_channels, hidden, 3, padding=1)
         self.scale = zeroed(nn.Conv2d(hidden, total, 3, padding=1))
         self.shift = zeroed(nn.Conv2d(hidden, total, 3, padding=1))
@@ -50,13 +50,13 @@ class ZeroSFT(nn.Module):
 class ZeroCrossAttention(nn.Module):
     """x + s Attention(GN(x), GN(control)) over places; heads of 64 channels. Not zero at the start unless `gated`."""
 
-    def __init__(self, control_channels: int, channels: int, *, gated: bool = False) -> None:
+    def __init__(self, control_channels: int, channels: int, *, groups: int = 32, gated: bool = False) -> None:
         super().__init__()
-        if channels % HEAD:
+        self.head = min(HEAD, channels)
+        if channels % self.head:
             raise ValueError(f"{channels} channels do not divide into heads of {HEAD}")
-        self.heads = channels // HEAD
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=EPS)
-        self.control_norm = nn.GroupNorm(GROUPS, control_channels, eps=EPS)
+        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.control_norm = nn.GroupNorm(groups, control_channels, eps=EPS)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(control_channels, channels, bias=False)
         self.to_v = nn.Linear(control_channels, channels, bias=False)
@@ -68,7 +68,7 @@ class ZeroCrossAttention(nn.Module):
         if is_zero(scale):
             return x
         context = places(self.control_norm(control))
-        query, key, value = (layer(tokens).unflatten(-1, (self.heads, HEAD)).transpose(1, 2) for layer, tokens in (
+        query, key, value = (layer(tokens).unflatten(-1, (-1, self.head)).transpose(1, 2) for layer, tokens in (
             (self.to_q, places(self.norm(x))), (self.to_k, context), (self.to_v, context)))
         answer = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         update = self.to_out(answer).transpose(1, 2).unflatten(2, x.shape[2:])

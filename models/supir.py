@@ -116,7 +116,7 @@ class SupirAdaptor(ModelMixin, ConfigMixin):
             raise ValueError(f"depth {list(depth)} names {len(depth)} levels, and the prior has "
                              f"{len(unet['block_out_channels'])}")
         self.control = ControlEncoder(unet, depth)
-        self.connectors = nn.ModuleDict({str(site.index): _connector(site, connector, gated)
+        self.connectors = nn.ModuleDict({str(site.index): _connector(site, connector, unet["norm_num_groups"], gated)
                                          for site in sites(unet) if connector == "zero_sft" or site.kind == "skip"})
 
     @classmethod
@@ -167,12 +167,12 @@ def sites(unet: dict[str, Any]) -> list[Site]:
     return [site._replace(index=len(found) - 1 - i) for i, site in enumerate(found)]
 
 
-def _connector(site: Site, kind: Connectors, gated: bool) -> nn.Module:
+def _connector(site: Site, kind: Connectors, groups: int, gated: bool) -> nn.Module:
     if site.kind == "attention":
-        return ZeroCrossAttention(site.control_channels, site.channels, gated=gated)
+        return ZeroCrossAttention(site.control_channels, site.channels, groups=groups, gated=gated)
     if kind == "zero_conv":
         return ZeroConv(site.control_channels, site.channels)
-    return ZeroSFT(site.control_channels, site.channels, site.decoder_channels, gated=gated)
+    return ZeroSFT(site.control_channels, site.channels, site.decoder_channels, groups=groups, gated=gated)
 
 
 def _layers(unet: dict[str, Any]) -> list[int]:
