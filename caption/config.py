@@ -121,7 +121,7 @@ class Negatives(Workers):
         if not self.words.negative.strip():
             raise ValueError(f"words: {self.words.name!r} has no negative words, and they are the caption")
         if self.mode == "image_to_image" and int(self.steps * self.strength) < 1:
-            raise ValueError(f"strength {self.strength:g} of steps {self.steps} leaves no step to do; raise one of them")
+            raise ValueError(f"strength {self.strength:g} of steps {self.steps} leaves no step; raise one of them")
         return self
 
     _words = field_validator("words", mode="before")(lambda value: value if isinstance(value, Quality)

@@ -395,9 +395,11 @@ def test_words_that_leave_no_room_are_a_clear_error(sdxl):
 
 
 def test_a_strength_that_leaves_no_step_is_a_clear_error(sdxl):
-    with pytest.raises(ConfigError, match=r"strength 0\.2.*steps 4"):
-        Painter(settings(sdxl, strength=0.2))
-    Painter(settings(sdxl, strength=0.2, mode="text_to_image"))         # there it means nothing
+    with pytest.raises(ValueError, match=r"strength 0\.2.*steps 4"):
+        settings(sdxl, strength=0.2)
+    settings(sdxl, strength=0.2, mode="text_to_image")         # there it means nothing
+    with pytest.raises(ValueError, match="no negative words"):
+        settings(sdxl, words="none")
 
 
 @pytest.mark.parametrize(("lost", "named"), [

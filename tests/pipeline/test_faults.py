@@ -89,6 +89,7 @@ def test_twenty_kills_at_random_moments(tmp_path, large_pile, undisturbed):
     kill_often(tmp_path, large_pile, undisturbed, 20, 16.0, seed=2)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(tmp_path, large_pile, undisturbed, on_cluster):
     workspace = configure(tmp_path / "w", large_pile)
     process, killed = start_run(workspace), 0
@@ -146,6 +147,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_command_goes_on_later(small_disk, large_pile, undisturbed, on_cluster):
     workspace = configure(small_disk / "w", large_pile)
     result = clearshard("run", workspace, check=False, env=on_cluster)

@@ -108,6 +108,7 @@ def test_a_unit_that_kills_its_worker_is_done_in_isolation_the_third_time(ray_he
     assert Cluster().run(Heavy(str(tmp_path), Replicas(1, 0.0, depth=1)), units(4)).units == 4
 
 
+@pytest.mark.slow
 def test_a_unit_that_always_kills_its_worker_ends_the_job_with_advice(ray_here, tmp_path):
     class Always(Noted):
         def work(self, unit, isolate):
@@ -129,6 +130,7 @@ def test_a_model_that_cannot_be_loaded_is_one_error_and_not_an_endless_restart(r
     assert loaded(tmp_path) == 1
 
 
+@pytest.mark.slow
 def test_workers_that_die_while_they_load_end_the_job(ray_here, tmp_path):
     class Crashes(Noted):
         def load(self):

@@ -1,0 +1,12 @@
+"""One thread: threads of so small tensors wait for each other more than they work."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
