@@ -11,6 +11,7 @@ from pipeline import commands as pipeline_commands
 from pipeline import degraded_commands
 from pipeline.doctor import doctor
 from pipeline.stages import STAGES
+from sample import commands as sample_commands
 
 STAGES = STAGES | CAPTION_STAGES
 ORDER = [STAGES[step.name] for step in graph.order(graph.GRAPHS["corpus"]) if step.name in STAGES]
@@ -25,6 +26,7 @@ app.command()(run)
 caption_commands.register(app)
 degraded_commands.register(app)
 models_commands.register(app)
+sample_commands.register(app)
 
 
 def main() -> None:

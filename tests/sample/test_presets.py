@@ -1,5 +1,7 @@
 """Presets: figures with sources, changed by name."""
 
+import json
+
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ def test_changes_keep_what_they_do_not_name_and_say_where_they_are_from():
     changed = choose("quality", {"steps": 30, "guidance": {"high": 2.0}}, "restore.yaml")
     assert (changed.steps, changed.guidance.high, changed.guidance.low) == (30, 2.0, PRESETS["quality"].guidance.low)
     assert changed.source["steps"] == changed.source["guidance"] == "restore.yaml"
+    assert json.loads(changed.model_dump_json()) == changed.model_dump(mode="json")
     assert changed.source["control"] == PRESETS["quality"].source["control"] and changed.churn.amount == 5
     assert choose("quality") is PRESETS["quality"] and PRESETS["quality"].steps == 50
 

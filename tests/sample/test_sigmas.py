@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sample import sigmas
@@ -29,6 +29,8 @@ def test_a_sigma_is_snapped_to_the_nearest_level(sigma):
 
 
 @given(st.integers(1, 1000), st.sampled_from(["released", "karras", "trailing", "leading"]))
+@example(1000, "leading")
+@example(1000, "trailing")
 def test_every_spacing_descends_to_zero_within_the_table(steps, spacing):
     levels = getattr(sigmas, spacing)(steps)
     assert levels.shape == (steps + 1,) and levels.dtype == torch.float32 and levels[-1] == 0

@@ -1,0 +1,1 @@
+"""Restoration by sampling: noise schedule, samplers, guidance, tiles, colour, pixels in and out."""

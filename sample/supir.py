@@ -1,0 +1,189 @@
+"""SUPIR's restoration, from pixels to pixels (SUPIR, section 3; steps and draws in the order of the released code)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caption.prompts import load_quality
+from caption.tokens import Tokens
+from models.robust import RobustEncoder
+from models.supir import SupirUNet
+from models.supir_folder import index_of, load
+
+from . import colour, pixels, sigmas, tiles, vae_tiles
+from .guidance import Denoise
+from .memory import Memory, Placed
+from .noise import KeyedNoise
+from .presets import Preset, choose, guide, run
+from .samplers import OnStep
+from .text import Conditioning, encode, prompts
+
+SIZE_RULES = {"keep_aspect": pixels.plan, "released": pixels.plan_released, "page": pixels.plan_page}
+
+
+@dataclass
+class Restored:
+    """What came of one image: (H, W, 3) uint8 pictures of the promised size, and how they were made."""
+
+    image: np.ndarray
+    stage1: np.ndarray              # the degradation-robust encoder's reading of the input, decoded
+    settings: dict[str, Any]
+
+
+@dataclass
+class Latents:
+    """What sampling starts from, for a batch of images of one size."""
+
+    z_lq: Tensor                    # (B, 4, h, w) scaled
+    x_stage1: Tensor                # (B, 3, H, W) in about [-1, 1]: z_lq decoded, the reference of colours
+    z_stage1: Tensor                # (B, 4, h, w) scaled: drawn from the plain encoder's posterior of x_stage1
+
+
+class SupirPipeline:
+    """SUPIR with everything around it. `pipeline(image, prompt=…)` restores one picture, or several of any sizes."""
+
+    def __init__(self, net: SupirUNet, vae: Any, robust: RobustEncoder, tokenizers: Sequence[Any] = (),
+                 encoders: Sequence[Any] = (), memory: Memory | None = None, identity: str = "") -> None:
+        self.tokenizers, self.memory, self.identity = list(tokenizers), memory or Memory.at("fast"), identity
+        self.parts = Placed({"net": net, "vae": vae, "robust": robust,
+                             **{f"text_{i}": encoder for i, encoder in enumerate(encoders)}}, self.memory)
+        self.net, self.vae, self.robust = net.eval(), vae.eval(), robust.eval()
+        self.scaling = vae.config.scaling_factor
+        self.width = net.unet.config.block_out_channels[0] / 320        # of its maps, beside SDXL's
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, memory: Memory | str = "fast", device: str = "auto",
+                        torch_dtype: torch.dtype | None = None) -> SupirPipeline:
+        """Loads a folder that `clearshard models import-supir` or training made.
+
+        Raises:
+            CheckpointError: it is no SUPIR folder, or its prior is gone.
+        """
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        from models.fingerprint import fingerprint
+        memory = Memory.at(memory, device, torch_dtype) if isinstance(memory, str) else memory
+        folder, prior = Path(folder), index_of(Path(folder))["prior"]
+        net, vae, robust = load(folder, memory.dtype)
+        kinds = ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+        tokenizers = [CLIPTokenizer.from_pretrained(prior / name) for name in ("tokenizer", "tokenizer_2")]
+        encoders = [kind.from_pretrained(prior / name, dtype=memory.dtype) for kind, name in kinds]
+        return cls(net, vae, robust, tokenizers, encoders, memory, fingerprint(folder))
+
+    def __call__(self, image: np.ndarray, prompt: str = "", negative_prompt: str | None = None, *, scale: float = 1.0,
+                 preset: str | Preset = "quality", seed: int = 0, key: str = "", quality: str = "supir",
+                 colours: colour.Method = "wavelet", size_rule: str = "keep_aspect", short: int = pixels.SHORT,
+                 tile: int | None = None, released_prompt: bool = False, on_step: OnStep | None = None) -> Restored:
+        """Restores (H, W, 3) uint8 RGB to `scale` times its size.
+
+        prompt: what is to be seen; the words of `quality` are added. key: names the image for its noise, with `seed`.
+        short: smaller pictures are worked on with a shorter side of so many pixels. tile: pixels of a window of
+        sampling, None for the memory level's. colours: from the first stage by wavelet, adain, or none.
+        """
+        preset = choose(preset) if isinstance(preset, str) else preset
+        sizes, noise = SIZE_RULES[size_rule](image.shape[:2], scale, short=short), KeyedNoise(seed, [key])
+        positive, negative = self.prompt(prompt, negative_prompt, quality, released_prompt)
+        latents = self.latents(pixels.prepare(image, sizes), noise)
+        told = self.told([negative]), self.told([positive])
+        sampled = self.sample(latents, *told, preset, noise, tile or self.memory.tile, on_step)
+        decoded = colour.match(self.decode(sampled), latents.x_stage1, colours)
+        settings = {"model": self.identity, "prompt": positive, "negative_prompt": negative, "scale": scale,
+                    "seed": seed, "key": key, "preset": preset.model_dump(mode="json"), "colours": colours,
+                    "size_rule": size_rule, "short": short, "tile": tile or self.memory.tile,
+                    "dtype": str(self.memory.dtype).removeprefix("torch."),
+                    "working_size": list(sizes.working), "promised_size": list(sizes.promised)}
+        return Restored(pixels.finish(decoded, sizes), pixels.finish(latents.x_stage1, sizes), settings)
+
+    def prompt(self, caption: str, negative: str | None, quality: str, released: bool) -> tuple[str, str]:
+        words = load_quality(quality)
+        positive, default = prompts(caption, words, Tokens(self.tokenizers[0]), released=released)
+        return positive, default if negative is None else negative
+
+    def told(self, texts: list[str]) -> Conditioning:
+        """Prompts through both text encoders; float32 on the host."""
+        names = [name for name in self.parts.modules if name.startswith("text_")]
+        with self.parts.on_device(*names) as encoders:
+            return encode(texts, self.tokenizers, list(encoders)).to(torch.device("cpu"), torch.float32)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, noise: KeyedNoise, drawn: Tensor | None = None) -> Latents:
+        """The first stage of (B, 3, H, W) images in [-1, 1]. `drawn`: noise of the posterior, instead of `noise`'s."""
+        with self.parts.on_device("vae", "robust") as (vae, robust):
+            z_lq = self._moments(vae, images, robust.encoder).chunk(2, dim=1)[0] * self.scaling
+            x_stage1 = self._decoded(vae, z_lq)
+            mean, log_variance = self._moments(vae, x_stage1, vae.encoder).chunk(2, dim=1)
+        if drawn is None:
+            drawn = noise.draw(0, "stage1", mean)
+        z_stage1 = mean + drawn.to(mean) * torch.exp(0.5 * log_variance.clamp(-30, 20))
+        return Latents(z_lq, x_stage1, z_stage1 * self.scaling)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) scaled to (B, 3, H, W) float32 on the host, in about [-1, 1]."""
+        with self.parts.on_device("vae") as (vae,):
+            return self._decoded(vae, latents)
+
+    def _moments(self, vae: Any, images: Tensor, encoder: Any) -> Tensor:
+        placed = images.to(vae.device, vae.dtype)
+        return vae_tiles.encode(vae, placed, encoder=encoder, tile=self.memory.vae_tile).float().cpu()
+
+    def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        placed = (latents / self.scaling).to(vae.device, vae.dtype)
+        return vae_tiles.decode(vae, placed, tile=self.memory.vae_tile).float().cpu()
+
+    def sample(self, latents: Latents, negative: Conditioning, positive: Conditioning, preset: Preset, noise: Any,
+               tile: int = 1 << 20, on_step: OnStep | None = None) -> Tensor:
+        """(B, 4, h, w) scaled latents. negative, positive: one prompt, or one for each image."""
+        with self.parts.on_device("net") as (net,):
+            denoise = self.denoiser(net, latents.z_lq, negative, positive, preset, tile // 8)
+            return run(preset, denoise, noise, z_stage1=latents.z_stage1, z_lq=latents.z_lq, on_step=on_step)
+
+    def denoiser(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning, preset: Preset,
+                 tile: int) -> Denoise:
+        """Guided, in windows where the latent is larger than one of `tile` latent pixels."""
+        def over(lq: Tensor) -> Denoise:
+            network = Halves(net, lq, negative, positive, self.memory)
+            return guide(preset, network.both, network.alone)
+        if max(z_lq.shape[-2:]) <= tile:
+            return over(z_lq)
+        return tiles.tiled(lambda x, sigma, some: over(tiles.cut(z_lq, some))(x, sigma), tile=tile, stride=tile // 2,
+                           batch=self.memory.windows)
+
+
+class Halves:
+    """The network for both prompts: in one batch, or one after the other where memory is scarce."""
+
+    def __init__(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning,
+                 memory: Memory) -> None:
+        self.net, self.memory = net, memory
+        device, dtype, count = net.unet.device, net.unet.dtype, len(z_lq)
+        self.z_lq = z_lq.to(device, dtype)
+        self.negative, self.positive = (one.repeated(count // len(one.context)).to(device, dtype)
+                                        for one in (negative, positive))
+        self.joined = self.negative.joined(self.positive)
+
+    def alone(self, x: Tensor, sigma: float, scale: float) -> Tensor:
+        return self._denoised(x, sigma, scale, self.positive)
+
+    def both(self, x: Tensor, sigma: float, scale: float) -> tuple[Tensor, Tensor]:
+        if self.memory.halves_together:
+            return self._denoised(torch.cat([x, x]), sigma, scale, self.joined).chunk(2)
+        return self._denoised(x, sigma, scale, self.negative), self._denoised(x, sigma, scale, self.positive)
+
+    def _denoised(self, x: Tensor, sigma: float, scale: float, told: Conditioning) -> Tensor:
+        z_lq = self.z_lq.repeat(len(x) // len(self.z_lq), 1, 1, 1)
+
+        def network(given: Tensor, index: int) -> Tensor:
+            noise = self.net(given.to(z_lq), torch.tensor(index, device=z_lq.device), z_lq, told.context, told.pooled,
+                             told.sizes, control_scale=scale)
+            return noise.to(given.device, torch.float32)
+        return sigmas.denoiser(network)(x, sigma)
+
+
