@@ -70,6 +70,7 @@ def job_against_loop(images: int, batch: int, layers: int) -> None:
 def grown(folder: Path, layers: int) -> None:
     """The tiny LLaVA with a deeper and wider text model and random weights; it never says the end token."""
     import transformers
+
     from models import tiny_llava
     small, processor = tiny_llava.untrained()
     config = small.config

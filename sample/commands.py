@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,12 +65,22 @@ def restore(sources: Inputs, model: Model, out: Out, scale: Scale = 2.0, preset:
     Stop it whenever you like: the same command goes on. Each PNG carries its settings, and --like repeats them exactly.
     """
     interruptible()
-    with reported():
+    with reported(), _told():
         asked = _asked(like, scale=scale, preset=preset, tau=tau, steps=steps, negative_prompt=negative_prompt,
                        quality=quality_words, tile=tile, seed=seed, colours=colours, size_rule=size_rule,
                        short=short, released_prompt=released_prompt, prompt=prompt)
         run = Run(sources, model, out, asked, caption, captioner, memory.value, device, overwrite)
         run.go(dry_run, like is not None)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A folder of weights that cannot be used is a mistake of the command's, as any in its settings."""
+    from models.checkpoint import CheckpointError
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _asked(like: Path | None, *, preset: str, tau: float | None, steps: int | None, **plain: Any) -> dict[str, Any]:

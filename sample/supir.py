@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from caption.prompts import load_quality
 from caption.tokens import Tokens
+from models.attention import constant_text
 from models.robust import RobustEncoder
 from models.supir import SupirUNet
 from models.supir_folder import index_of, load
@@ -77,17 +80,19 @@ class SupirPipeline:
         encoders = [kind.from_pretrained(prior / name, dtype=memory.dtype) for kind, name in kinds]
         return cls(net, vae, robust, tokenizers, encoders, memory, fingerprint(folder))
 
-    def __call__(self, image: np.ndarray, prompt: str = "", negative_prompt: str | None = None, *, scale: float = 1.0,
-                 preset: str | Preset = "quality", seed: int = 0, key: str = "", quality: str = "supir",
-                 colours: colour.Method = "wavelet", size_rule: str = "keep_aspect", short: int = pixels.SHORT,
-                 tile: int | None = None, released_prompt: bool = False, on_step: OnStep | None = None) -> Restored:
-        """Restores (H, W, 3) uint8 RGB to `scale` times its size.
+    def __call__(self, image: np.ndarray | Image.Image, prompt: str = "", negative_prompt: str | None = None, *,
+                 scale: float = 1.0, preset: str | Preset = "quality", seed: int = 0, key: str = "",
+                 quality: str = "supir", colours: colour.Method = "wavelet", size_rule: str = "keep_aspect",
+                 short: int = pixels.SHORT, tile: int | None = None, released_prompt: bool = False,
+                 on_step: OnStep | None = None) -> Restored:
+        """Restores (H, W, 3) uint8 RGB, or a picture of Pillow, to `scale` times its size.
 
         prompt: what is to be seen; the words of `quality` are added. key: names the image for its noise, with `seed`.
         short: smaller pictures are worked on with a shorter side of so many pixels. tile: pixels of a window of
         sampling, None for the memory level's. colours: from the first stage by wavelet, adain, or none.
         """
         preset = choose(preset) if isinstance(preset, str) else preset
+        image = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
         sizes, noise = SIZE_RULES[size_rule](image.shape[:2], scale, short=short), KeyedNoise(seed, [key])
         positive, negative = self.prompt(prompt, negative_prompt, quality, released_prompt)
         latents = self.latents(pixels.prepare(image, sizes), noise)
@@ -141,16 +146,18 @@ class SupirPipeline:
     def sample(self, latents: Latents, negative: Conditioning, positive: Conditioning, preset: Preset, noise: Any,
                tile: int = 1 << 20, on_step: OnStep | None = None) -> Tensor:
         """(B, 4, h, w) scaled latents. negative, positive: one prompt, or one for each image."""
-        with self.parts.on_device("net") as (net,):
+        with self.parts.on_device("net") as (net,), constant_text(net):
             denoise = self.denoiser(net, latents.z_lq, negative, positive, preset, tile // 8)
             return run(preset, denoise, noise, z_stage1=latents.z_stage1, z_lq=latents.z_lq, on_step=on_step)
 
     def denoiser(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning, preset: Preset,
                  tile: int) -> Denoise:
         """Guided, in windows where the latent is larger than one of `tile` latent pixels."""
+        halves = Halves(net, negative, positive, self.memory)
+
         def over(lq: Tensor) -> Denoise:
-            network = Halves(net, lq, negative, positive, self.memory)
-            return guide(preset, network.both, network.alone)
+            placed = lq.to(net.unet.device, net.unet.dtype)
+            return guide(preset, partial(halves.both, placed), partial(halves.alone, placed))
         if max(z_lq.shape[-2:]) <= tile:
             return over(z_lq)
         return tiles.tiled(lambda x, sigma, some: over(tiles.cut(z_lq, some))(x, sigma), tile=tile, stride=tile // 2,
@@ -158,32 +165,37 @@ class SupirPipeline:
 
 
 class Halves:
-    """The network for both prompts: in one batch, or one after the other where memory is scarce."""
+    """The network for both prompts: in one batch, or one after the other where memory is scarce.
 
-    def __init__(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning,
-                 memory: Memory) -> None:
+    What is told is placed once for each size of batch, so that attention can keep its projections from step to step.
+    """
+
+    def __init__(self, net: SupirUNet, negative: Conditioning, positive: Conditioning, memory: Memory) -> None:
         self.net, self.memory = net, memory
-        device, dtype, count = net.unet.device, net.unet.dtype, len(z_lq)
-        self.z_lq = z_lq.to(device, dtype)
-        self.negative, self.positive = (one.repeated(count // len(one.context)).to(device, dtype)
-                                        for one in (negative, positive))
-        self.joined = self.negative.joined(self.positive)
+        self.told = {"negative": negative, "positive": positive}
+        self.placed: dict[tuple[str, int], Conditioning] = {}
 
-    def alone(self, x: Tensor, sigma: float, scale: float) -> Tensor:
-        return self._denoised(x, sigma, scale, self.positive)
+    def alone(self, z_lq: Tensor, x: Tensor, sigma: float, scale: float) -> Tensor:
+        return self._denoised(x, sigma, scale, z_lq, self._placed("positive", len(x)))
 
-    def both(self, x: Tensor, sigma: float, scale: float) -> tuple[Tensor, Tensor]:
-        if self.memory.halves_together:
-            return self._denoised(torch.cat([x, x]), sigma, scale, self.joined).chunk(2)
-        return self._denoised(x, sigma, scale, self.negative), self._denoised(x, sigma, scale, self.positive)
+    def both(self, z_lq: Tensor, x: Tensor, sigma: float, scale: float) -> tuple[Tensor, Tensor]:
+        if not self.memory.halves_together:
+            return tuple(self._denoised(x, sigma, scale, z_lq, self._placed(name, len(x))) for name in self.told)
+        twice, lq = torch.cat([x, x]), torch.cat([z_lq, z_lq])
+        return self._denoised(twice, sigma, scale, lq, self._placed("both", len(x))).chunk(2)
 
-    def _denoised(self, x: Tensor, sigma: float, scale: float, told: Conditioning) -> Tensor:
-        z_lq = self.z_lq.repeat(len(x) // len(self.z_lq), 1, 1, 1)
+    def _placed(self, name: str, count: int) -> Conditioning:
+        """The prompts of a batch of so many images, on the device."""
+        if (name, count) not in self.placed:
+            parts = [self.told[one].repeated(count // len(self.told[one].context))
+                     for one in (self.told if name == "both" else (name,))]
+            whole = parts[0].joined(parts[1]) if name == "both" else parts[0]
+            self.placed[name, count] = whole.to(self.net.unet.device, self.net.unet.dtype)
+        return self.placed[name, count]
 
+    def _denoised(self, x: Tensor, sigma: float, scale: float, z_lq: Tensor, told: Conditioning) -> Tensor:
         def network(given: Tensor, index: int) -> Tensor:
             noise = self.net(given.to(z_lq), torch.tensor(index, device=z_lq.device), z_lq, told.context, told.pooled,
                              told.sizes, control_scale=scale)
             return noise.to(given.device, torch.float32)
         return sigmas.denoiser(network)(x, sigma)
-
-
