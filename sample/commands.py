@@ -32,10 +32,10 @@ Caption = Annotated[CaptionFrom, typer.Option("--caption", help="auto: a caption
 CaptionModel = Annotated[str | None, typer.Option("--captioner", help="Folder of a LLaVA, for --caption auto.")]
 Tau = Annotated[float | None, typer.Option("--tau", help="Pull towards the first stage; smaller is stronger, 4 is the "
                                            "paper's.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000)]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Of sampling; default: the preset's.")]
 Tile = Annotated[int | None, typer.Option("--tile", min=256, help="Pixels of a window of sampling; default: the memory "
                                           "level's.")]
-Seed = Annotated[int, typer.Option("--seed")]
+Seed = Annotated[int, typer.Option("--seed", help="Of all noise, with the picture's name.")]
 Colours = Annotated[str, typer.Option("--colours", help="wavelet, adain or none: colours from the first stage.")]
 SizeRule = Annotated[str, typer.Option("--size-rule", help="keep_aspect; released or page: sizes as the authors' "
                                        "programs, which stretch.")]

@@ -712,6 +712,7 @@ def killed_in_the_middle(workspace: Path, env: dict) -> dict[str, tuple]:
     return files(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_images_of_an_undisturbed_one(workspace, tmp_path, sdxl, on_cluster):
     calm = paint(Path(shutil.copytree(workspace, tmp_path / "calm")), sdxl, count=KILLED)
     settle(workspace, sdxl, flags={"all": {"width": {"min": 1}}})

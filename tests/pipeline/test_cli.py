@@ -10,6 +10,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from caption.config import captions_of, negatives_of
 from clearshard import app
 from pipeline import commands, config, doctor
 from pipeline.config import ConfigError, Corpus
@@ -86,6 +87,8 @@ def test_init_writes_a_configuration_that_is_valid_as_it_stands(tmp_path, comman
 
 def test_every_value_in_its_comments_is_the_default(tmp_path):
     values = commented_defaults(config.template([("/photos", "hq")]))
+    examples = Corpus(caption=values.pop("caption"), negatives=values.pop("negatives"))     # without a default
+    assert captions_of(examples).prompt.name == "supir" and negatives_of(examples).count == 100_000
     assert set(values) == {"score", "dedup", "select", "tile", "shard", "fetch", "max_error_rate"}
     assert Corpus.model_validate(values) == Corpus()
     for section in ("dedup", "select", "tile"):     # and none of these is missing

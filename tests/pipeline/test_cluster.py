@@ -80,6 +80,7 @@ negatives: {{model: {models}/sdxl, count: 200, size: 64, steps: 8, dtype: float3
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_submitted_job_survives_the_death_of_a_node_in_every_stage(s3, two_nodes, tiny_models, tmp_path):  # noqa: F811
     client, _ = s3
