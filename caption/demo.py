@@ -1,4 +1,4 @@
-"""Demo: a small corpus from the photographs that come with scikit-image, with captions and a handful of negatives."""
+"""Demo: a small corpus from scikit-image's photographs, with captions and a few negatives, and two restorations."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ negatives:    # the toy SDXL has random weights
   dtype: float32
 shard: {{samples: 20}}
 """
+RESTORED = ("chelsea.png", "coffee.png")
 
 
 def command(run: Callable[[str], None]) -> Callable[..., None]:
@@ -53,27 +54,32 @@ def command(run: Callable[[str], None]) -> Callable[..., None]:
             raise typer.Exit(2)
         workspace = Folder.at(folder)
         models = Path(workspace.local) / "models"
-        _make_models(models)
+        _clearshard("models", "tiny", models)
         if not workspace.exists(NAME):
             text = CONFIG.format(photographs=Path(package.origin).parent / "data", models=models)
             parse(text)
             workspace.write(NAME, text.encode())
         run(folder)
+        originals = [Path(package.origin).parent / "data" / name for name in RESTORED]
+        restored = Path(workspace.local) / "restored"
+        _clearshard("restore", *originals, "--model", models / "supir", "--out", restored, "--scale", 1, "--short", 256,
+                    "--steps", 4, "--caption", "auto", "--captioner", models / "llava")
         console.print(f"\nIn {time.perf_counter() - started:.0f} seconds, from photographs to captioned shards:")
-        places = {"shards": "shards", "manifest": "shards/manifest.parquet", "report": "reports/corpus.html"}
+        places = {"shards": "shards", "manifest": "shards/manifest.parquet", "report": "reports/corpus.html",
+                  "restored": "restored/restored.html, by a toy SUPIR that was never trained"}
         for what, where in places.items():
             console.print(f"  {what:<9} {workspace}/{where}", markup=False)
         console.print(f"Read them with webdataset or tar; check them with: clearshard verify {folder}", markup=False)
     return demo
 
 
-def _make_models(folder: Path) -> None:
-    """Trains the toy captioner, in a process of its own: this one stays small, because it drives the cluster.
+def _clearshard(*arguments: object) -> None:
+    """A command in a process of its own: this one stays small, because it drives the cluster.
 
     Raises:
-        typer.Exit: it could not; the process has said why.
+        typer.Exit: it failed, and has said why.
     """
     program = "from clearshard import app; app()"
-    done = subprocess.run([sys.executable, "-c", program, "models", "tiny", str(folder)])
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)])
     if done.returncode:
         raise typer.Exit(done.returncode)

@@ -1,25 +1,24 @@
-"""The commands of the networks; so far `clearshard models tiny`."""
+"""`clearshard models tiny`, and the group that the other commands of the networks join."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 from rich.console import Console
 
+from .whole import whole
+
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-models = typer.Typer(help="The networks: so far tiny ones for tests.", no_args_is_help=True, rich_markup_mode=None)
+models = typer.Typer(help="The networks: import and export weights, look into them, make tiny ones for tests.",
+                     no_args_is_help=True, rich_markup_mode=None)
 
 CARD = "MODEL_CARD.md"      # written last, so a folder that has one is complete
 MADE = "Made by `clearshard models tiny`"
@@ -35,6 +34,7 @@ class Kind(StrEnum):
 
     llava = "llava"
     sdxl = "sdxl"
+    supir = "supir"
 
 
 USE = {
@@ -42,6 +42,8 @@ USE = {
                  'AutoModelForImageTextToText.from_pretrained("{folder}"), AutoProcessor.from_pretrained("{folder}")'),
     Kind.sdxl: ("from diffusers import StableDiffusionXLPipeline",
                 'StableDiffusionXLPipeline.from_pretrained("{folder}")'),
+    Kind.supir: ("from models.supir_folder import load",
+                 'unet, vae, robust_encoder = load("{folder}")'),
 }
 
 
@@ -49,27 +51,6 @@ def is_ours(folder: Path) -> bool:
     """Whether this command made the folder, to its end."""
     card = folder / CARD
     return card.is_file() and MADE in card.read_text(encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which becomes the target at the end or, after an error, vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}-unfinished-"
-    for left in target.parent.glob(f"{prefix}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(prefix).split("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)     # a killed run's
-    made = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
-    try:
-        yield made
-        made.chmod(0o755)       # mkdtemp's is for its owner only
-        if target.exists():
-            # A folder with files in it cannot be renamed over, so the old one steps aside first.
-            target.rename(made / "replaced")
-        made.rename(target)
-        shutil.rmtree(target / "replaced", ignore_errors=True)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_llava(folder: Path) -> str:
@@ -103,7 +84,16 @@ def write_sdxl(folder: Path) -> str:
             "for meaning in what it paints.\n")
 
 
-WRITERS: dict[Kind, Callable[[Path], str]] = {Kind.llava: write_llava, Kind.sdxl: write_sdxl}
+def write_supir(folder: Path) -> str:
+    """Saves the restorer, with the generator beside it as its prior; returns its card."""
+    from . import tiny_supir
+    tiny_supir.build(folder, folder.parent / Kind.sdxl.value)
+    return (f"# A toy SUPIR for tests\n\n{MADE}. Its prior is the toy SDXL beside it. Its weights are random numbers, "
+            "scaled so that what it paints depends on the image given; nothing was trained and no data was used.\n")
+
+
+WRITERS: dict[Kind, Callable[[Path], str]] = {
+    Kind.llava: write_llava, Kind.sdxl: write_sdxl, Kind.supir: write_supir}
 
 
 def make(kind: Kind, target: Path, force: bool) -> None:
@@ -122,24 +112,22 @@ def make(kind: Kind, target: Path, force: bool) -> None:
     console.print(f"{kind.value}: {target}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s", markup=False)
 
 
-@models.callback()
-def rooms() -> None:
-    """The networks: so far tiny ones for tests."""
-
-
 @models.command()
-def tiny(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put them: DIR/llava and DIR/sdxl.")],
+def tiny(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put them: DIR/llava, DIR/sdxl and "
+                                                "DIR/supir.")],
          only: Annotated[Kind | None, typer.Option("--only", help="Just this one.")] = None,
          force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False) -> None:
     """Make tiny models in the standard formats, to try captioning and generation without a download or a GPU.
 
-    The LLaVA is trained, in about half a minute, until it captions ten photographs of scikit-image rightly; the SDXL is
-    random.
+    The LLaVA is trained, in about half a minute, until it captions ten photographs of scikit-image rightly; the SDXL
+    and the SUPIR over it are random. The folder can be moved as a whole.
     """
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)     # a run that is told to end leaves no half-written folder
     kinds = [only] if only else list(Kind)
+    if only is Kind.supir and not is_ours(folder / Kind.sdxl.value):
+        kinds = [Kind.sdxl, only]           # its prior
     # The libraries' own progress bars would last a moment and say less than these lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -158,4 +146,6 @@ def tiny(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to pu
 
 def register(app: typer.Typer) -> None:
     """Adds this room's commands."""
+    from . import supir_commands
+    supir_commands.register(models)
     app.add_typer(models, name="models")

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
 
 from .checkpoint import CheckpointError
 from .fingerprint import fingerprint
 from .robust import NAMES, RobustEncoder
 from .supir import SupirAdaptor, SupirUNet, prior_config
-
-INDEX = "supir.json"
-LICENCE = ("The weights that the authors of SUPIR published may be used for non-commercial purposes only (SUPIR "
-           "software licence, SupPixel, 2024), and its terms name hosting, and training on outputs, as commercial. They "
-           "stay under that licence in this folder, whatever the licence of the program that reads them.")
-UNKNOWN = "unknown: whoever made the checkpoint decides"
-
+from .supir_index import INDEX, UNKNOWN, read_index, stored_variant
 
 
 def prior_part(prior: Path, part: str) -> dict[str, Any]:
@@ -49,17 +43,28 @@ def prior_part(prior: Path, part: str) -> dict[str, Any]:
 
 
 def write(out: Path, adaptor: SupirAdaptor, robust: RobustEncoder, prior: Path, include_prior: bool = False,
-          licence: str = UNKNOWN) -> None:
-    """A folder that `SupirPipeline.from_pretrained` reads; complete once `supir.json` is there, which comes last."""
+          licence: str = UNKNOWN, variant: str | None = None, max_shard_size: str = "10GB") -> None:
+    """A folder that `load` reads; complete once `supir.json` is there, which comes last.
+
+    A prior in the folder, or beside it, is referred to by a relative path, so that all can be moved together; one
+    elsewhere by where it is.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / INDEX).unlink(missing_ok=True)
-    adaptor.save_pretrained(out / "adaptor")
-    robust.save_pretrained(out / "robust_encoder")
+    options = {"variant": variant, "max_shard_size": max_shard_size}
+    adaptor.save_pretrained(out / "adaptor", **options)
+    robust.save_pretrained(out / "robust_encoder", **options)
     if include_prior:
-        shutil.copytree(prior, out / "prior", dirs_exist_ok=True)
-    place = "prior" if include_prior else str(prior.resolve())
-    index = {"format": 1, "prior": place, "prior_fingerprint": fingerprint(prior), "licence": licence}
+        shutil.copytree(prior, prior := out / "prior", dirs_exist_ok=True)
+    index = {"format": 1, "prior": reference(prior, out), "prior_fingerprint": fingerprint(prior), "licence": licence}
     (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def reference(prior: Path, out: Path) -> str:
+    """How a folder refers to its prior."""
+    prior, out = prior.resolve(), out.resolve()
+    beside = prior.parent == out.parent or out in prior.parents
+    return Path(os.path.relpath(prior, out)).as_posix() if beside else str(prior)
 
 
 def index_of(folder: Path) -> dict[str, Any]:
@@ -68,57 +73,30 @@ def index_of(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such folder, not complete, or the prior is not where it was.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {INDEX}: it is no SUPIR folder, or the command that made it was "
-                              "stopped. Make one with `clearshard models import-supir`") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
-    prior = folder / index["prior"] if not Path(index["prior"]).is_absolute() else Path(index["prior"])
+    index = read_index(folder)
+    prior = folder / index["prior"]         # which an absolute path replaces
     if not (prior / "unet" / "config.json").is_file():
-        raise CheckpointError(f"{folder} refers to its prior at {prior}, and no SDXL in diffusers' layout is there; "
-                              f"put it there, or name another in {INDEX}")
+        raise CheckpointError(f"{folder / INDEX} refers to its prior as {index['prior']!r}, and no SDXL in diffusers' "
+                              f"layout is at {prior.resolve()}. Put it there, or write its place into {INDEX}: "
+                              "absolute, or relative to the folder")
     return index | {"prior": prior}
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> tuple[SupirUNet, Any, RobustEncoder]:
-    """The guided UNet, the autoencoder and the robust encoder of a folder."""
-    prior, options = index_of(folder)["prior"], {"torch_dtype": dtype} if dtype else {}
-    unet = UNet2DConditionModel.from_pretrained(prior / "unet", **options)
-    adaptor = SupirAdaptor.from_pretrained(folder / "adaptor", **options)
-    vae = AutoencoderKL.from_pretrained(prior / "vae", **options)
-    return SupirUNet(unet, adaptor), vae, RobustEncoder.from_pretrained(folder / "robust_encoder", **options)
+def load(folder: str | Path, dtype: torch.dtype | None = None,
+         variant: str | None = None) -> tuple[SupirUNet, AutoencoderKL, RobustEncoder]:
+    """The guided UNet, the autoencoder and the robust encoder of a folder.
 
+    dtype: float32 without; variant: such as fp16; without, the plain weights, or the one variant that there is.
 
-def describe(folder: Path) -> dict[str, Any]:
-    """What lies in a folder of a model: per part its class, parameters, dtypes and size; fingerprint and licence."""
-    parts = {}
-    for config in sorted(folder.glob("*/config.json")):
-        counted = [_counted(file) for file in sorted(config.parent.glob("*.safetensors"))]
-        about = json.loads(config.read_text(encoding="utf-8"))
-        parts[config.parent.name] = {
-            "class": about.get("_class_name") or ", ".join(about.get("architectures", [])) or "?",
-            "parameters": sum(count for count, _ in counted),
-            "dtypes": sorted(set().union(*(kinds for _, kinds in counted))),
-            "fingerprint": fingerprint(config.parent)}
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
-    return {"parts": parts, "prior": index.get("prior"), "licence": index.get("licence") or _card_licence(folder)}
+    Raises:
+        CheckpointError: no complete folder, or the prior is not where it was.
+    """
+    folder = Path(folder)
+    prior = index_of(folder)["prior"]
 
-
-def _counted(file: Path) -> tuple[int, set[str]]:
-    with safe_open(file, "pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys()]     # noqa: SIM118
-        return sum(torch.Size(one.get_shape()).numel() for one in slices), {one.get_dtype() for one in slices}
-
-
-def _card_licence(folder: Path) -> str:
-    """The licence that a model card states in its head, if there is one."""
-    for name in ("README.md", "MODEL_CARD.md"):
-        if (folder / name).is_file():
-            for line in (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
-                if line.startswith(("license:", "licence:")):
-                    return line.partition(":")[2].strip()
-    return UNKNOWN
-
-
+    def part(kind: type, place: Path) -> Any:
+        return kind.from_pretrained(place, variant=stored_variant(place, variant),
+                                    **({"torch_dtype": dtype} if dtype else {}))
+    unet, vae = part(UNet2DConditionModel, prior / "unet"), part(AutoencoderKL, prior / "vae")
+    adaptor, robust = part(SupirAdaptor, folder / "adaptor"), part(RobustEncoder, folder / "robust_encoder")
+    return SupirUNet(unet, adaptor), vae, robust

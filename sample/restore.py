@@ -5,6 +5,7 @@ An image is done when its PNG is there, which comes last and by rename; so a run
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -143,7 +144,8 @@ def _commit(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         commit(str(partial), str(path))
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise WorkspaceError(f"cannot write {path}: {error.strerror}. What was finished is kept: make room or mend the "
                              "permission, then run the same command again.") from None
 

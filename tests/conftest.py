@@ -140,7 +140,7 @@ def tars(workspace: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Path:
-    """Folder with llava/ and sdxl/, written by `clearshard models tiny` once for all test processes."""
+    """Folder with llava/, sdxl/ and supir/, written by `clearshard models tiny` once for all test processes."""
     pytest.importorskip("skimage", reason="needs scikit-image's photographs")
     import fcntl
     import hashlib

@@ -1,7 +1,8 @@
-"""The tiny models: the captioner knows its photographs and nothing by chance; the generator answers to its inputs."""
+"""The tiny models: the captioner knows its photographs; generator and restorer answer to their inputs."""
 
 import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from typer.testing import CliRunner
 
 from clearshard import app
-from models import commands, tiny_llava, tiny_sdxl
+from models import commands, tiny_llava, tiny_sdxl, tiny_supir
+from models.supir_folder import load
 from models.tiny_llava import PHOTOGRAPHS, QUESTIONS
 from tests.conftest import REPOSITORY
 
@@ -185,15 +187,28 @@ def test_the_generators_weights_are_its_seeds_and_leave_the_callers_generator_al
         assert not all(torch.equal(here[name], else_[name]) for name in here)
 
 
-def test_the_command_leaves_two_models_with_cards_and_says_how_to_use_them(tiny_models):
+def test_the_restorers_weights_are_its_seeds_and_all_of_it_can_move(tiny_models, tmp_path):
+    before = torch.get_rng_state()
+    again, other = (tiny_supir.assemble(tiny_models / "sdxl", seed) for seed in (0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    for part in ("sdxl", "supir"):
+        shutil.copytree(tiny_models / part, tmp_path / part)
+    net, _, robust = load(tmp_path / "supir")
+    for here, there, else_ in ((again[0], net.adaptor, other[0]), (again[1], robust, other[1])):
+        assert all(map(torch.equal, here.state_dict().values(), there.state_dict().values()))
+        assert not any(map(torch.equal, here.parameters(), else_.parameters()))
+    assert all(parameter.any() for parameter in net.adaptor.parameters())       # no connector is left at zero
+
+
+def test_the_command_leaves_three_models_with_cards_and_says_how_to_use_them(tiny_models):
     said = (tiny_models / "said.txt").read_text()
     assert "34 of 34 answers right" in said and "from_pretrained" in said
-    assert sorted(path.name for path in tiny_models.iterdir()) == ["llava", "said.txt", "sdxl"]
+    assert sorted(path.name for path in tiny_models.iterdir()) == ["llava", "said.txt", "sdxl", "supir"]
     assert (tiny_models / "sdxl" / "model_index.json").exists()
-    for kind in ("llava", "sdxl"):
+    for kind in ("llava", "sdxl", "supir"):
         assert "toy" in (tiny_models / kind / "MODEL_CARD.md").read_text()
         assert not list((tiny_models / kind).rglob("*.bin"))
-    assert tiny(tiny_models).output.count("there already") == 2
+    assert tiny(tiny_models).output.count("there already") == 3
 
 
 @pytest.fixture
@@ -221,8 +236,15 @@ def test_what_is_there_is_kept_unless_forced(written, tmp_path):
     assert not (tmp_path / "sdxl").exists()
     assert "there already" in tiny(tmp_path, "--only", "llava").output and written["llava"] == 1
     assert tiny(tmp_path, "--force").exit_code == 0
-    assert written == {"llava": 2, "sdxl": 1}
+    assert written == {"llava": 2, "sdxl": 1, "supir": 1}
     assert sorted(path.name for path in (tmp_path / "llava").iterdir()) == ["MODEL_CARD.md", "weights"]
+
+
+def test_the_restorer_alone_brings_its_prior(written, tmp_path):
+    assert tiny(tmp_path, "--only", "supir").exit_code == 0
+    assert written == {"llava": 0, "sdxl": 1, "supir": 1}
+    assert "there already" not in tiny(tmp_path, "--only", "supir", "--force").output
+    assert written == {"llava": 0, "sdxl": 1, "supir": 2}
 
 
 def test_a_killed_runs_folder_goes_and_a_running_ones_stays(written, tmp_path):
@@ -254,5 +276,5 @@ def test_without_scikit_image_one_line_says_what_to_install(monkeypatch, tmp_pat
 
 
 def test_the_command_line_loads_no_torch():
-    program = "import sys, models.commands; sys.exit('torch' in sys.modules)"
+    program = "import sys, models.supir_commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
