@@ -141,15 +141,15 @@ class Run:
         self._restore(pending)
 
     def _restore(self, pending: list[Any]) -> None:
-        from .memory import peak_gib, weights_of
+        from .memory import peak_gib, stored
         from .page import write_page
         from .presets import Preset
         from .restore import restore as restore_all
         from .supir import SupirPipeline
-        pipeline = SupirPipeline.from_pretrained(self.model, self.memory)
-        expected = self.memory.estimate(weights_of(pipeline.parts.modules), pipeline.width, self.base["short"])
-        console.print(f"about {expected:.1f} GiB on {self.memory.device} for a square of {self.base['short']} pixels",
+        expected = self.memory.estimate(*stored(self.model), self.base["short"])
+        console.print(f"about {expected:.2g} GiB on {self.memory.device} for a square of {self.base['short']} pixels",
                       markup=False)
+        pipeline = SupirPipeline.from_pretrained(self.model, self.memory)
         steps = self.base["preset"]["steps"]
         with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
                       TimeRemainingColumn(), console=console, transient=True,

@@ -6,11 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from degrade.strict import ConfigError
+from models.families import describe_folder
+from models.supir_folder import index_of, prior_part
 
 GIB = 2 ** 30
 
@@ -100,9 +103,18 @@ class Placed:
                 torch.cuda.empty_cache()
 
 
-def weights_of(modules: dict[str, torch.nn.Module]) -> dict[str, int]:
-    """Parameters of each network."""
-    return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
+def stored(folder: Path) -> tuple[dict[str, int], float]:
+    """Parameters of each network of a SUPIR folder, from the heads of its files, and its width beside SDXL's.
+
+    Raises:
+        CheckpointError: it is no SUPIR folder, or its prior is gone.
+    """
+    prior = index_of(folder)["prior"]
+    own, its = describe_folder(folder)["parts"], describe_folder(prior)["parts"]
+    counts = {"net": its["unet"]["parameters"] + own["adaptor"]["parameters"], "vae": its["vae"]["parameters"],
+              "robust": own["robust_encoder"]["parameters"],
+              "text": sum(part["parameters"] for name, part in its.items() if name.startswith("text_encoder"))}
+    return counts, prior_part(prior, "unet")["block_out_channels"][0] / 320
 
 
 def peak_gib(device: torch.device) -> float:

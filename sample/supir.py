@@ -19,6 +19,7 @@ from models.attention import constant_text
 from models.robust import RobustEncoder
 from models.supir import SupirUNet
 from models.supir_folder import index_of, load
+from models.supir_index import stored_variant
 
 from . import colour, pixels, sigmas, tiles, vae_tiles
 from .guidance import Denoise
@@ -59,7 +60,6 @@ class SupirPipeline:
                              **{f"text_{i}": encoder for i, encoder in enumerate(encoders)}}, self.memory)
         self.net, self.vae, self.robust = net.eval(), vae.eval(), robust.eval()
         self.scaling = vae.config.scaling_factor
-        self.width = net.unet.config.block_out_channels[0] / 320        # of its maps, beside SDXL's
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, memory: Memory | str = "fast", device: str = "auto",
@@ -77,7 +77,8 @@ class SupirPipeline:
         net, vae, robust = load(folder, memory.dtype)
         kinds = ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         tokenizers = [CLIPTokenizer.from_pretrained(prior / name) for name in ("tokenizer", "tokenizer_2")]
-        encoders = [kind.from_pretrained(prior / name, dtype=memory.dtype) for kind, name in kinds]
+        encoders = [kind.from_pretrained(prior / name, dtype=memory.dtype, variant=stored_variant(prior / name))
+                    for kind, name in kinds]
         return cls(net, vae, robust, tokenizers, encoders, memory, fingerprint(folder))
 
     def __call__(self, image: np.ndarray | Image.Image, prompt: str = "", negative_prompt: str | None = None, *,
