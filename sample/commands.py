@@ -41,6 +41,8 @@ SizeRule = Annotated[str, typer.Option("--size-rule", help="keep_aspect; release
                                        "programs, which stretch.")]
 MemoryLevel = Annotated[Level, typer.Option("--memory", help="How much may lie on the device at once.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the networks: minutes for the first picture of "
+                                       "each size, then faster.")]
 Like = Annotated[Path | None, typer.Option("--like", help="Settings of an earlier result, from its .json or .png.")]
 Released = Annotated[bool, typer.Option("--released-prompt", help="Caption and quality words run together and cut at "
                                         "77 tokens, as released.")]
@@ -53,7 +55,8 @@ def restore(sources: Inputs, model: Model, out: Out, scale: Scale = 2.0, preset:
             prompt: Prompt = None, negative_prompt: Negative = None, quality_words: Quality = "supir",
             caption: Caption = CaptionFrom.none, captioner: CaptionModel = None, tau: Tau = None, steps: Steps = None,
             tile: Tile = None, seed: Seed = 0, colours: Colours = "wavelet", size_rule: SizeRule = "keep_aspect",
-            short: Short = 1024, memory: MemoryLevel = Level.balanced, device: Device = "auto", like: Like = None,
+            short: Short = 1024, memory: MemoryLevel = Level.balanced, device: Device = "auto", compile: Compile = False,
+            like: Like = None,
             released_prompt: Released = False, dry_run: DryRun = False, overwrite: Overwrite = False) -> None:
     """Restore images with SUPIR.
 
@@ -69,7 +72,7 @@ def restore(sources: Inputs, model: Model, out: Out, scale: Scale = 2.0, preset:
         asked = _asked(like, scale=scale, preset=preset, tau=tau, steps=steps, negative_prompt=negative_prompt,
                        quality=quality_words, tile=tile, seed=seed, colours=colours, size_rule=size_rule,
                        short=short, released_prompt=released_prompt, prompt=prompt)
-        run = Run(sources, model, out, asked, caption, captioner, memory.value, device, overwrite)
+        run = Run(sources, model, out, asked, caption, captioner, memory.value, device, overwrite, compile)
         run.go(dry_run, like is not None)
 
 
@@ -97,7 +100,8 @@ class Run:
     """One command."""
 
     def __init__(self, sources: list[Path], model: Path, out: Path, asked: dict[str, Any], caption: CaptionFrom,
-                 captioner: str | None, level: str, device: str, overwrite: bool) -> None:
+                 captioner: str | None, level: str, device: str, overwrite: bool,
+                 compile: bool) -> None:
         from models.fingerprint import fingerprint
         from models.supir_folder import index_of
 
@@ -107,7 +111,7 @@ class Run:
             raise ConfigError("--caption auto needs a captioner: --captioner FOLDER, such as llava-1.5-7b-hf")
         index_of(model)
         self.model, self.out, self.caption, self.captioner = model, out, caption, captioner
-        self.memory, self.overwrite = Memory.at(level, device), overwrite
+        self.memory, self.overwrite, self.compile = Memory.at(level, device), overwrite, compile
         self.sources = list(inputs(sources, out))
         if not self.sources:
             raise ConfigError(f"no images in {', '.join(map(str, sources))}")
@@ -149,7 +153,7 @@ class Run:
         expected = self.memory.estimate(*stored(self.model), self.base["short"])
         console.print(f"about {expected:.2g} GiB on {self.memory.device} for a square of {self.base['short']} pixels",
                       markup=False)
-        pipeline = SupirPipeline.from_pretrained(self.model, self.memory)
+        pipeline = SupirPipeline.from_pretrained(self.model, self.memory, compile=self.compile)
         steps = self.base["preset"]["steps"]
         with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
                       TimeRemainingColumn(), console=console, transient=True,

@@ -54,24 +54,32 @@ class SupirPipeline:
     """SUPIR with everything around it. `pipeline(image, prompt=…)` restores one picture, or several of any sizes."""
 
     def __init__(self, net: SupirUNet, vae: Any, robust: RobustEncoder, tokenizers: Sequence[Any] = (),
-                 encoders: Sequence[Any] = (), memory: Memory | None = None, identity: str = "") -> None:
+                 encoders: Sequence[Any] = (), memory: Memory | None = None, identity: str = "",
+                 compile: bool = False) -> None:
         self.tokenizers, self.memory, self.identity = list(tokenizers), memory or Memory.at("fast"), identity
         self.parts = Placed({"net": net, "vae": vae, "robust": robust,
                              **{f"text_{i}": encoder for i, encoder in enumerate(encoders)}}, self.memory)
         self.net, self.vae, self.robust = net.eval(), vae.eval(), robust.eval()
         self.scaling = vae.config.scaling_factor
+        if compile and self.memory.device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
+        self.compiled = torch.compile(net) if compile else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, memory: Memory | str = "fast", device: str = "auto",
-                        torch_dtype: torch.dtype | None = None) -> SupirPipeline:
+                        torch_dtype: torch.dtype | None = None, compile: bool = False) -> SupirPipeline:
         """Loads a folder that `clearshard models import-supir` or training made.
+
+        compile: by torch.compile, which takes minutes for the first picture of each size.
 
         Raises:
             CheckpointError: it is no SUPIR folder, or its prior is gone.
         """
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
         from models.fingerprint import fingerprint
+        disable_progress_bar()
         memory = Memory.at(memory, device, torch_dtype) if isinstance(memory, str) else memory
         folder, prior = Path(folder), index_of(Path(folder))["prior"]
         net, vae, robust = load(folder, memory.dtype)
@@ -79,7 +87,7 @@ class SupirPipeline:
         tokenizers = [CLIPTokenizer.from_pretrained(prior / name) for name in ("tokenizer", "tokenizer_2")]
         encoders = [kind.from_pretrained(prior / name, dtype=memory.dtype, variant=stored_variant(prior / name))
                     for kind, name in kinds]
-        return cls(net, vae, robust, tokenizers, encoders, memory, fingerprint(folder))
+        return cls(net, vae, robust, tokenizers, encoders, memory, fingerprint(folder), compile)
 
     def __call__(self, image: np.ndarray | Image.Image, prompt: str = "", negative_prompt: str | None = None, *,
                  scale: float = 1.0, preset: str | Preset = "quality", seed: int = 0, key: str = "",
@@ -154,7 +162,7 @@ class SupirPipeline:
     def denoiser(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning, preset: Preset,
                  tile: int) -> Denoise:
         """Guided, in windows where the latent is larger than one of `tile` latent pixels."""
-        halves = Halves(net, negative, positive, self.memory)
+        halves = Halves(net, negative, positive, self.memory, self.compiled)
 
         def over(lq: Tensor) -> Denoise:
             placed = lq.to(net.unet.device, net.unet.dtype)
@@ -171,8 +179,9 @@ class Halves:
     What is told is placed once for each size of batch, so that attention can keep its projections from step to step.
     """
 
-    def __init__(self, net: SupirUNet, negative: Conditioning, positive: Conditioning, memory: Memory) -> None:
-        self.net, self.memory = net, memory
+    def __init__(self, net: SupirUNet, negative: Conditioning, positive: Conditioning, memory: Memory,
+                 compiled: Any = None) -> None:
+        self.net, self.memory, self.compiled = net, memory, compiled
         self.told = {"negative": negative, "positive": positive}
         self.placed: dict[tuple[str, int], Conditioning] = {}
 
@@ -196,7 +205,10 @@ class Halves:
 
     def _denoised(self, x: Tensor, sigma: float, scale: float, z_lq: Tensor, told: Conditioning) -> Tensor:
         def network(given: Tensor, index: int) -> Tensor:
-            noise = self.net(given.to(z_lq), torch.tensor(index, device=z_lq.device), z_lq, told.context, told.pooled,
-                             told.sizes, control_scale=scale)
+            call, strength = self.net, scale
+            if self.compiled is not None:       # as a number, each new scale would be compiled anew
+                call, strength = self.compiled, torch.full((len(x),), scale, device=z_lq.device, dtype=z_lq.dtype)
+            noise = call(given.to(z_lq), torch.tensor(index, device=z_lq.device), z_lq, *told.parts(),
+                         control_scale=strength)
             return noise.to(given.device, torch.float32)
         return sigmas.denoiser(network)(x, sigma)

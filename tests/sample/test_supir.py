@@ -156,6 +156,15 @@ def test_projections_of_a_constant_text_are_made_once_and_change_nothing(release
     assert len(calls) == 2 * len(layers)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_networks_give_the_same_latents(released):
+    pipeline, images, conditions = released.pipeline, torch.rand(1, 3, 64, 64) * 2 - 1, told(1)
+    compiled = SupirPipeline(pipeline.net, pipeline.vae, pipeline.robust, memory=Memory.at("fast", "cpu"), compile=True)
+    plain = sampled(pipeline, images, "a", conditions)
+    assert torch.allclose(sampled(compiled, images, "a", conditions), plain, atol=1e-4)
+
+
 def test_the_caption_keeps_room_and_the_quality_words_are_not_pushed_out(tiny_models):
     tokens, quality = Tokens.load(tiny_models / "sdxl" / "tokenizer"), load_quality("supir_brief")
     long = "A cat sleeps on a red cup of coffee. " * 12
