@@ -55,9 +55,9 @@ def restore(sources: Inputs, model: Model, out: Out, scale: Scale = 2.0, preset:
             prompt: Prompt = None, negative_prompt: Negative = None, quality_words: Quality = "supir",
             caption: Caption = CaptionFrom.none, captioner: CaptionModel = None, tau: Tau = None, steps: Steps = None,
             tile: Tile = None, seed: Seed = 0, colours: Colours = "wavelet", size_rule: SizeRule = "keep_aspect",
-            short: Short = 1024, memory: MemoryLevel = Level.balanced, device: Device = "auto", compile: Compile = False,
-            like: Like = None,
-            released_prompt: Released = False, dry_run: DryRun = False, overwrite: Overwrite = False) -> None:
+            short: Short = 1024, memory: MemoryLevel = Level.balanced, device: Device = "auto",
+            compile: Compile = False, like: Like = None, released_prompt: Released = False, dry_run: DryRun = False,
+            overwrite: Overwrite = False) -> None:
     """Restore images with SUPIR.
 
     For example:
