@@ -61,7 +61,15 @@ def loaded(folder):
 
 
 def test_each_unit_is_done_once_and_a_worker_loads_once(ray_here, tmp_path):
-    totals = Cluster().run(Noted(str(tmp_path), Replicas(2, 0.0)), units(30))
+    class Both(Noted):
+        def work(self, unit, isolate):
+            end = time.monotonic() + 60
+            while loaded(self.folder) < 2:          # so that one does not do it all while the other still starts
+                assert time.monotonic() < end, "the other worker never loaded"
+                time.sleep(0.01)
+            time.sleep(0.05)
+
+    totals = Cluster().run(Both(str(tmp_path), Replicas(2, 0.0)), units(30))
     by_unit = done(tmp_path)
     assert totals.units == 30 and sorted(by_unit) == [unit.key for unit in units(30)]
     assert all(len(processes) == 1 for processes in by_unit.values())

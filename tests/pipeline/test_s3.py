@@ -57,6 +57,7 @@ def keys(client, bucket, prefix):
         Bucket=bucket, Prefix=prefix) for item in page.get("Contents", [])}
 
 
+@pytest.mark.slow
 def test_a_corpus_from_s3_to_s3_and_a_second_run_that_does_nothing(bucket, tmp_path):
     client, environment, name = bucket
     put_config(client, name, tmp_path, f"s3://{name}/photos", f"s3://{name}/more.tar")
