@@ -16,7 +16,7 @@ from pipeline.jobs import Attempt, Replicas, RowJob, Unit
 from pipeline.plan import captions
 from pipeline.storage import Folder
 from pipeline.tables import QUARANTINE, Part, Table, digest, rows_of
-from pipeline.tile import tiles
+from pipeline.tile import sample_key, tiles
 
 from .backends import STAGE, Backend, backend
 from .config import Captions, captions_of
@@ -87,7 +87,7 @@ class CaptionJob(RowJob):
                     yield self._row(image, places[image["ref"]], tile)
 
     def _row(self, image: dict, source: dict, tile: dict) -> dict:
-        key = f"{image['uid']}-{tile['x']}-{tile['y']}-{tile['out_width']}x{tile['out_height']}"
+        key = sample_key(image["uid"], tile)
         facts = {"alt_text": source["text"], "author": source["author"], "group": image["group"], "key": key,
                  "licence": source["licence"], "name": source["name"], "width": tile["out_width"],
                  "height": tile["out_height"]}

@@ -29,7 +29,7 @@ from pipeline.shards import encode
 from pipeline.storage import Folder
 from pipeline.tables import QUARANTINE, TILE, Part, Table, digest, rows_of
 from pipeline.tar import TarWriter
-from pipeline.tile import tiles
+from pipeline.tile import KEY, tiles
 
 from .config import Negatives, negatives_of
 from .painting import Painted, Sources, likeness, painter
@@ -121,7 +121,7 @@ class PlanNegativesJob(Job):
         stream = db.sql(f"""
             with flat as (select ref, uid, unnest(tiles) as tile from tiles),
             named as (
-                select format('{{}}-{{}}-{{}}-{{}}x{{}}', uid, tile.x, tile.y, tile.out_width, tile.out_height)
+                select {KEY}
                 as source, * from flat),
             one as (select source, arg_min(named, ref) as sample from named group by source),
             rounds as (select unnest(range({ceil((before + wanted) / known) + 1}))::int as round),

@@ -22,7 +22,7 @@ from .score import SCORES, scores_table
 from .selection import quoted
 from .storage import Folder
 from .tables import CAPTIONS, NEGATIVES, PLAN, Part, Table, contents, digest, digest_columns, rows_of
-from .tile import tiles
+from .tile import KEY, tiles
 
 STATE = "state.json"
 NEGATIVE = "negative"       # group of the generated images
@@ -140,7 +140,7 @@ def samples(workspace: Folder, corpus: Corpus) -> str:
     return f"""
         with flat as (select ref, uid, "group", unnest(tiles) as tile from tiles),
         named as (
-            select *, format('{{}}-{{}}-{{}}-{{}}x{{}}', uid, tile.x, tile.y, tile.out_width, tile.out_height) as key
+            select *, {KEY} as key
             from flat),
         one as (select key, arg_min(named, ref) as sample from named group by key),
         said as (

@@ -12,6 +12,7 @@ from .decode import decode
 from .jobs import Timed, error_class
 from .selection import quoted
 from .thumbnails import thumbnail_bytes
+from .tile import KEY
 
 SHOWN, FLAG_SHOWN = 12, 4
 LONGEST = 600           # characters of a caption on the page
@@ -37,7 +38,7 @@ def _examples(db: duckdb.DuckDBPyConnection, corpus: Corpus, condition: str, lim
         with chosen as (select * from captions where {condition} order by md5(key) limit {limit}),
         flat as (select ref, uid, unnest(tiles) as tile from tiles),
         named as (
-            select format('{{}}-{{}}-{{}}-{{}}x{{}}', uid, tile.x, tile.y, tile.out_width, tile.out_height) as key, *
+            select {KEY} as key, *
             from flat),
         one as (select key, arg_min(named, ref) as at_tile from named semi join chosen using (key) group by key)
         select chosen.*, at_tile.tile, at_tile.uid, sources.* exclude (text), sources.text as alt_text

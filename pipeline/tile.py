@@ -21,6 +21,15 @@ TEXTURE_BLOCK = 32      # pixels; a face's skin is flat at this size, hair and e
 TEXTURE_LEVEL = 6.0     # mean Sobel response at half size; white noise alone reaches it at a sigma of about 4
 
 
+# A sample's key, in SQL over `uid` and `tile`; `sample_key` is the same in Python.
+KEY = "format('{}-{}-{}-{}x{}', uid, tile.x, tile.y, tile.out_width, tile.out_height)"
+
+
+def sample_key(uid: str, tile: dict) -> str:
+    """The key of a tile's sample: content and place."""
+    return f"{uid}-{tile['x']}-{tile['y']}-{tile['out_width']}x{tile['out_height']}"
+
+
 def tiles(workspace: Folder) -> Table:
     return Table(workspace / "tiles", TILES)
 
