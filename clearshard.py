@@ -12,7 +12,7 @@ from pipeline import degraded_commands
 from pipeline.doctor import doctor
 from pipeline.stages import STAGES
 from sample import commands as sample_commands
-from train.foreign import index
+from train import commands as train_commands
 
 STAGES = STAGES | CAPTION_STAGES
 ORDER = [STAGES[step.name] for step in graph.order(graph.GRAPHS["corpus"]) if step.name in STAGES]
@@ -28,7 +28,7 @@ caption_commands.register(app)
 degraded_commands.register(app)
 models_commands.register(app)
 sample_commands.register(app)
-app.command()(index)
+train_commands.register(app)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""`clearshard models tiny`, and the group that the other commands of the networks join."""
+"""`clearshard models tiny` and `new`, and the group that the other commands of the networks join."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ models = typer.Typer(help="The networks: import and export weights, look into th
 
 CARD = "MODEL_CARD.md"      # written last, so a folder that has one is complete
 MADE = "Made by `clearshard models tiny`"
+NEW = "Made by `clearshard models new`"
 SAY_EVERY = 50              # steps
 
 
@@ -47,10 +49,10 @@ USE = {
 }
 
 
-def is_ours(folder: Path) -> bool:
+def is_ours(folder: Path, made: str = MADE) -> bool:
     """Whether this command made the folder, to its end."""
     card = folder / CARD
-    return card.is_file() and MADE in card.read_text(encoding="utf-8")
+    return card.is_file() and made in card.read_text(encoding="utf-8")
 
 
 def write_llava(folder: Path) -> str:
@@ -92,24 +94,51 @@ def write_supir(folder: Path) -> str:
             "scaled so that what it paints depends on the image given; nothing was trained and no data was used.\n")
 
 
+def write_new(folder: Path, seed: int) -> str:
+    """Saves the untrained generator of the mini's shapes; returns its card."""
+    from . import mini
+    mini.build(folder, seed)
+    return (f"# A small SDXL, untrained\n\n{NEW} with --seed {seed}. It has SDXL's layout and the shapes of the mini; "
+            "autoencoder and UNet have fresh weights and are to be trained, text encoders have random ones and stay as "
+            "they are. The autoencoder's scaling_factor is 1 until its training measures one.\n")
+
+
 WRITERS: dict[Kind, Callable[[Path], str]] = {
     Kind.llava: write_llava, Kind.sdxl: write_sdxl, Kind.supir: write_supir}
 
 
-def make(kind: Kind, target: Path, force: bool) -> None:
-    """One model, unless it is there already."""
+def make(name: str, target: Path, force: bool, writer: Callable[[Path], str], made: str = MADE) -> None:
+    """One model, unless it is there already. `made`: what its card says if this command wrote it."""
     started = time.perf_counter()
-    if target.exists() and not is_ours(target) and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not is_ours(target, made) and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"{target} exists and is none of this command's models; move it, or choose another DIR")
-    if is_ours(target) and not force:
-        console.print(f"{kind.value}: {target} is there already; --force makes it again", markup=False)
+    if is_ours(target, made) and not force:
+        console.print(f"{name}: {target} is there already; --force makes it again", markup=False)
         return
     with whole(target) as folder:
-        console.print(f"{kind.value}: making it", markup=False)
-        card = WRITERS[kind](folder)
+        console.print(f"{name}: making it", markup=False)
+        card = writer(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    console.print(f"{kind.value}: {target}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s", markup=False)
+    console.print(f"{name}: {target}, {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s", markup=False)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """What a user can mend becomes one line and exit status 1; a stop becomes 130 and leaves no half-written folder."""
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    # The libraries' own progress bars would last a moment and say less than the lines here.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        yield
+    except (Refused, OSError) as error:
+        errors.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on with what is missing")
+        raise typer.Exit(130) from None
 
 
 @models.command()
@@ -122,26 +151,27 @@ def tiny(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to pu
     The LLaVA is trained, in about half a minute, until it captions ten photographs of scikit-image rightly; the SDXL
     and the SUPIR over it are random. The folder can be moved as a whole.
     """
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)     # a run that is told to end leaves no half-written folder
     kinds = [only] if only else list(Kind)
     if only is Kind.supir and not is_ours(folder / Kind.sdxl.value):
         kinds = [Kind.sdxl, only]           # its prior
-    # The libraries' own progress bars would last a moment and say less than these lines.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with stoppable():
         for kind in kinds:
-            make(kind, folder / kind.value, force)
-    except (Refused, OSError) as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on with what is missing")
-        raise typer.Exit(130) from None
+            make(kind.value, folder / kind.value, force, WRITERS[kind])
     for kind in kinds:
         for line in USE[kind]:
             console.print("  " + line.format(folder=folder / kind.value), markup=False)
+
+
+@models.command()
+def new(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make, in diffusers' layout.")],
+        seed: Annotated[int, typer.Option("--seed", min=0, help="Of the weights that are drawn.")] = 0,
+        force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False) -> None:
+    """Make an untrained small SDXL to train from: a few million parameters, eight channels of latent.
+
+    Autoencoder and UNet are as PyTorch initialises them; the text encoders are random and meant to stay so.
+    """
+    with stoppable():
+        make("new", folder, force, lambda target: write_new(target, seed), NEW)
 
 
 def register(app: typer.Typer) -> None:

@@ -39,9 +39,9 @@ class RobustEncoder(ModelMixin, ConfigMixin):
         return robust if robust.dtype == vae.dtype else robust.to(vae.dtype)
 
     def forward(self, image: Tensor, vae: AutoencoderKL) -> DiagonalGaussianDistribution:
-        """The posterior of (B, 3, H, W) images in [-1, 1]; latents are (B, 4, H/8, W/8), not scaled."""
+        """The posterior of (B, 3, H, W) images in [-1, 1]; latents are (B, C, H/8, W/8), not scaled."""
         return DiagonalGaussianDistribution(vae.quant_conv(self.encoder(image)))
 
     def latent(self, image: Tensor, vae: AutoencoderKL) -> Tensor:
-        """z_LQ: the posterior's mode, scaled as the UNet wants it. (B, 4, H/8, W/8)."""
+        """z_LQ: the posterior's mode, scaled as the UNet wants it. (B, C, H/8, W/8)."""
         return self(image, vae).mode() * vae.config.scaling_factor

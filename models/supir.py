@@ -79,7 +79,7 @@ class ControlEncoder(nn.Module):
                 text_embeds: Tensor, time_ids: Tensor) -> list[Tensor]:
         """Features from the input convolution's to the middle's: (B, C_i, H_i, W_i) each.
 
-        sample: (B, 4, H, W) scaled noisy latent; lq_latent: (B, 4, H, W), scaled by the autoencoder's factor.
+        sample: (B, C, H, W) scaled noisy latent; lq_latent: (B, C, H, W), scaled by the autoencoder's factor.
         """
         emb = conditioning(self.time_proj, self.time_embedding, self.add_time_proj, self.add_embedding, sample,
                            timestep, text_embeds, time_ids)
@@ -197,9 +197,9 @@ class SupirUNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, lq_latent: Tensor, encoder_hidden_states: Tensor,
                 text_embeds: Tensor, time_ids: Tensor, control_scale: Scale = 1.0,
                 control: list[Tensor] | None = None) -> Tensor:
-        """(B, 4, H, W) noise.
+        """(B, C, H, W) noise.
 
-        sample: (B, 4, H, W) noisy latent times c_in; timestep: (B,) indices of the 1000; lq_latent: (B, 4, H, W);
+        sample: (B, C, H, W) noisy latent times c_in; timestep: (B,) indices of the 1000; lq_latent: (B, C, H, W);
         encoder_hidden_states: (B, T, 2048); text_embeds: (B, 1280); time_ids: (B, 6); control_scale: a number or (B,),
         0 is plain SDXL; control: features of an earlier call.
         """

@@ -56,6 +56,11 @@ def write(out: Path, adaptor: SupirAdaptor, robust: RobustEncoder, prior: Path, 
     robust.save_pretrained(out / "robust_encoder", **options)
     if include_prior:
         shutil.copytree(prior, prior := out / "prior", dirs_exist_ok=True)
+    write_index(out, prior, licence)
+
+
+def write_index(out: Path, prior: Path, licence: str) -> None:
+    """`supir.json`, which makes a folder complete."""
     index = {"format": 1, "prior": reference(prior, out), "prior_fingerprint": fingerprint(prior), "licence": licence}
     (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 

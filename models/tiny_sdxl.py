@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,23 +50,29 @@ def text_config(words: CLIPTokenizer, width: int, act: str) -> CLIPTextConfig:
                           eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
 
 
-def unet() -> UNet2DConditionModel:
-    """SDXL's three levels, attention in the lower two, told the pooled text and six size numbers."""
+def unet(channels: tuple[int, ...] = (8, 16, 32), heads: tuple[int, ...] = (1, 2, 4), latent_channels: int = 4,
+         groups: int = 8) -> UNet2DConditionModel:
+    """SDXL's three levels, attention in the lower two, told the pooled text and six size numbers.
+
+    heads: of attention on each level; groups: of its normalisations, which must divide all channels.
+    """
     return UNet2DConditionModel(
-        sample_size=32, block_out_channels=(8, 16, 32), layers_per_block=1, norm_num_groups=8,
+        sample_size=32, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
+        layers_per_block=1, norm_num_groups=groups,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 2, 4), use_linear_projection=True,
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=heads, use_linear_projection=True,
         cross_attention_dim=sum(WIDTHS), addition_embed_type="text_time", addition_time_embed_dim=TIME_WIDTH,
         projection_class_embeddings_input_dim=6 * TIME_WIDTH + WIDTHS[1])
 
 
-def autoencoder() -> AutoencoderKL:
-    """SDXL's autoencoder, narrow: a picture of 8n pixels is a latent of n, in four channels."""
+def autoencoder(channels: tuple[int, ...] = (8, 8, 16, 16), latent_channels: int = 4,
+                scaling_factor: float = 0.13025) -> AutoencoderKL:
+    """SDXL's autoencoder, narrow: a picture of 8n pixels is a latent of n."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=256,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=0.13025, force_upcast=True)
+        block_out_channels=channels, layers_per_block=1, norm_num_groups=8, latent_channels=latent_channels,
+        sample_size=256, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=scaling_factor, force_upcast=True)
 
 
 def scale(layer: torch.nn.Conv2d, output: torch.Tensor, std: float) -> None:
@@ -91,14 +98,16 @@ def calibrate(pipeline: StableDiffusionXLPipeline) -> None:
     latent = torch.randn(4, half, 16, 16) / vae.config.scaling_factor
     scale(vae.decoder.conv_out, vae.decode(latent).sample, 0.5)
     added = {"text_embeds": torch.randn(4, WIDTHS[1]), "time_ids": torch.tensor([[256., 256, 0, 0, 256, 256]] * 4)}
-    guess = network(torch.randn(4, 4, 32, 32), torch.tensor([981, 661, 341, 21]), torch.randn(4, 77, sum(WIDTHS)),
+    guess = network(torch.randn(4, half, 32, 32), torch.tensor([981, 661, 341, 21]), torch.randn(4, 77, sum(WIDTHS)),
                     added_cond_kwargs=added).sample
     scale(network.conv_out, guess, 1.0)
 
 
 @torch.no_grad()
-def assemble(seed: int = 0) -> StableDiffusionXLPipeline:
-    """The pipeline; the caller's random generator stays as it was."""
+def assemble(seed: int = 0, make_unet: Callable[[], UNet2DConditionModel] = unet,
+             make_vae: Callable[[], AutoencoderKL] = autoencoder, finish: Callable | None = calibrate
+             ) -> StableDiffusionXLPipeline:
+    """The pipeline, its weights drawn by the seed; the caller's random generator stays as it was."""
     # SDXL's first tokenizer pads with the end, its second with "!".
     words = tokenizer(END), tokenizer("!")
     with torch.random.fork_rng(devices=[]):
@@ -110,13 +119,14 @@ def assemble(seed: int = 0) -> StableDiffusionXLPipeline:
                 if isinstance(embedding, torch.nn.Embedding):
                     embedding.weight.normal_()      # as drawn they are 0.02: all prompts alike
         pipeline = StableDiffusionXLPipeline(
-            vae=autoencoder(), unet=unet(), text_encoder=first, text_encoder_2=second, tokenizer=words[0],
+            vae=make_vae(), unet=make_unet(), text_encoder=first, text_encoder_2=second, tokenizer=words[0],
             tokenizer_2=words[1], add_watermarker=False, scheduler=EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
                 steps_offset=1, prediction_type="epsilon"))
         for part in (pipeline.vae, pipeline.unet, first, second):
             part.eval()
-        calibrate(pipeline)
+        if finish:
+            finish(pipeline)
     return pipeline
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import cv2
@@ -92,7 +92,30 @@ def _device(config: MetricConfig) -> str:
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def full_reference(name: str, device: str = "cpu") -> Callable[[np.ndarray, np.ndarray], float]:
+    """A metric of pyiqa that compares (H, W, 3) uint8 sRGB with the true picture, such as lpips.
+
+    Raises:
+        MetricUnavailable: pyiqa has none of this name, or it cannot run here.
+    """
+    config = MetricConfig.model_construct(name=name, kind="pyiqa", model=name, weights=None)     # any name is asked for
+    model = _created(config, device, "FR")
+    return lambda image, truth: float(model(_planes(image, device), _planes(truth, device)).reshape(-1)[0])
+
+
 def _pyiqa(config: MetricConfig, device: str) -> Callable[[np.ndarray], float]:
+    model = _created(config, device, "NR")
+    return lambda image: float(model(_planes(image, device)).reshape(-1)[0])
+
+
+def _planes(image: np.ndarray, device: str) -> Any:
+    """(H, W, 3) uint8 as (1, 3, H, W) float32 in [0, 1]."""
+    import torch
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(device).float() / 255
+
+
+def _created(config: MetricConfig, device: str, kind: Literal["NR", "FR"]) -> Callable:
+    """A metric without (NR) or with (FR) a reference."""
     import torch
 
     try:
@@ -101,9 +124,10 @@ def _pyiqa(config: MetricConfig, device: str) -> Callable[[np.ndarray], float]:
     except ImportError as error:
         raise MetricUnavailable(f"metric {config.name!r} needs the package {error.name}: "
                                 "pip install 'clearshard[iqa]'") from error
-    names = [name for name in pyiqa.list_models("NR") if name not in NOT_ONE_IMAGE]
+    names = [name for name in pyiqa.list_models(kind) if name not in NOT_ONE_IMAGE]
     if config.model not in names:
-        raise MetricUnavailable(f"metric {config.name!r}: pyiqa has no no-reference metric {config.model!r}; "
+        sort = "no-reference" if kind == "NR" else "full-reference"
+        raise MetricUnavailable(f"metric {config.name!r}: pyiqa has no {sort} metric {config.model!r}; "
                                 + _nearest(config.model, names))
     if config.weights and not Path(config.weights).is_file():
         raise MetricUnavailable(f"metric {config.name!r}: there is no file {config.weights!r} (weights)")
@@ -111,7 +135,7 @@ def _pyiqa(config: MetricConfig, device: str) -> Callable[[np.ndarray], float]:
     try:
         # pyiqa announces its loading with print
         with _no_network(), contextlib.redirect_stdout(io.StringIO()):
-            model = pyiqa.create_metric(config.model, device=torch.device(device), **options)
+            return pyiqa.create_metric(config.model, device=torch.device(device), **options)
     except _NetworkRefused as refused:
         raise MetricUnavailable(_wanted(config, refused, DEFAULT_CACHE_DIR)) from refused
     except ModuleNotFoundError as error:
@@ -120,12 +144,6 @@ def _pyiqa(config: MetricConfig, device: str) -> Callable[[np.ndarray], float]:
     except Exception as error:  # a damaged or foreign weight file, a model folder that is not there, ...
         raise MetricUnavailable(f"metric {config.name!r}: pyiqa cannot create {config.model!r}: "
                                 f"{type(error).__name__}: {_first_line(error)}") from error
-
-    def score(image: np.ndarray) -> float:
-        planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        return float(model(planes.to(device).float() / 255).reshape(-1)[0])
-
-    return score
 
 
 def _wanted(config: MetricConfig, refused: "_NetworkRefused", cache: str) -> str:

@@ -87,23 +87,25 @@ PRESETS = {preset.name: preset for preset in (
 )}
 
 
-def choose(name: str, changes: dict[str, Any] | None = None, where: str = "preset") -> Preset:
+def choose(name: str | Preset, changes: dict[str, Any] | None = None, where: str = "preset") -> Preset:
     """A preset by name, with some figures changed.
 
     Args:
+        name: or a preset of one's own.
         changes: such as `{"steps": 30, "guidance": {"high": 2.0}}`.
         where: from where the changes come, for errors and for the `source` of what they change.
 
     Raises:
         ConfigError: an unknown preset or key, with the nearest name, or a value out of range.
     """
-    if name not in PRESETS:
+    if isinstance(name, str) and name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known presets: {', '.join(PRESETS)}"
         raise ConfigError(f"{where}: unknown preset {name!r}; {hint}")
+    preset = PRESETS[name] if isinstance(name, str) else name
     if not changes:
-        return PRESETS[name]
-    base = PRESETS[name].model_dump()
+        return preset
+    base = preset.model_dump()
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         base[key] = base[key] | value if both else value

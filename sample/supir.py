@@ -45,9 +45,9 @@ class Restored:
 class Latents:
     """What sampling starts from, for a batch of images of one size."""
 
-    z_lq: Tensor                    # (B, 4, h, w) scaled
+    z_lq: Tensor                    # (B, C, h, w) scaled; C is 4 for SDXL
     x_stage1: Tensor                # (B, 3, H, W) in about [-1, 1]: z_lq decoded, the reference of colours
-    z_stage1: Tensor                # (B, 4, h, w) scaled: drawn from the plain encoder's posterior of x_stage1
+    z_stage1: Tensor                # (B, C, h, w) scaled: drawn from the plain encoder's posterior of x_stage1
 
 
 class SupirPipeline:
@@ -140,9 +140,15 @@ class SupirPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4, h, w) scaled to (B, 3, H, W) float32 on the host, in about [-1, 1]."""
+        """(B, C, h, w) scaled to (B, 3, H, W) float32 on the host, in about [-1, 1]."""
         with self.parts.on_device("vae") as (vae,):
             return self._decoded(vae, latents)
+
+    @torch.no_grad()
+    def reconstructed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] through the plain encoder and the decoder: the autoencoder alone."""
+        with self.parts.on_device("vae") as (vae,):
+            return self._decoded(vae, self._moments(vae, images, vae.encoder).chunk(2, dim=1)[0] * self.scaling)
 
     def _moments(self, vae: Any, images: Tensor, encoder: Any) -> Tensor:
         placed = images.to(vae.device, vae.dtype)
@@ -154,7 +160,7 @@ class SupirPipeline:
 
     def sample(self, latents: Latents, negative: Conditioning, positive: Conditioning, preset: Preset, noise: Any,
                tile: int = 1 << 20, on_step: OnStep | None = None) -> Tensor:
-        """(B, 4, h, w) scaled latents. negative, positive: one prompt, or one for each image."""
+        """(B, C, h, w) scaled latents. negative, positive: one prompt, or one for each image."""
         with self.parts.on_device("net") as (net,), constant_text(net):
             denoise = self.denoiser(net, latents.z_lq, negative, positive, preset, tile // 8)
             return run(preset, denoise, noise, z_stage1=latents.z_stage1, z_lq=latents.z_lq, on_step=on_step)

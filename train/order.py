@@ -24,13 +24,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from .corpus import CorpusError
+
 Integer = TypeVar("Integer", int, np.ndarray)
 MASK = 2**64 - 1
 ROUNDS = 6          # of the Feistel network; four give a pseudo-random permutation (Luby and Rackoff, 1988)
 BLOCK = 1024        # positions within which groups change places; small against a window, large against a period
 
 
-class OrderError(ValueError):
+class OrderError(CorpusError):
     """An order that cannot be made: no samples, weights that are no weights."""
 
 

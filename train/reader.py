@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -68,6 +68,7 @@ class Sample:
     metadata: dict = field(default_factory=dict)
     decoded: Any = None                 # what the reader's `decode` made of `image`
     replaced: str | None = None         # key of the damaged sample in whose place this one is
+    reason: str | None = None           # what was wrong with that one
 
 
 class Damaged(ValueError):
@@ -137,23 +138,25 @@ class Reader:
         """
         if self._process != os.getpid():        # forked: another thread may have held a lock
             self._start()
-        place, replaced = self.order(position), None
+        place, first = self.order(position), None
         with self._counting:
             self.read += 1
         for attempt in range(ATTEMPTS):
             try:
-                return self._sample(position, place, replaced)
+                sample = self._sample(position, place, announce=first is None)
+                return replace(sample, replaced=first[0], reason=first[1]) if first else sample
             except Damaged as error:
                 key = self._key(place)
-                replaced = replaced or key
+                first = first or (key, str(error))
                 self._count(key, place, error)
                 place = self.order.substitute(position, attempt)
-        raise TooManyCorrupt(f"position {position}: {replaced} and {ATTEMPTS - 1} samples in its place are damaged: "
-                             f"{', '.join(self.corrupt_keys)}. `clearshard verify` says what mends them")
+        raise TooManyCorrupt(f"position {position}: {first[0]} and {ATTEMPTS - 1} samples in its place are damaged: "
+                             f"{', '.join(self.corrupt_keys)} (the first: {first[1]}). `clearshard verify` says what "
+                             "mends them")
 
-    def _sample(self, position: int, place: Place, replaced: str | None) -> Sample:
+    def _sample(self, position: int, place: Place, announce: bool) -> Sample:
         shard = self.corpus.groups[place.group][place.shard]
-        if replaced is None:
+        if announce:
             self._announce(place.group, place.epoch, place.window)
         key, members = self._index(shard).sample(place.index)
         image, roles = image_of(members), {member.extension: member for member in members}
@@ -170,7 +173,7 @@ class Reader:
             raise Damaged(str(error)) from error
         text = found["txt"].decode("utf-8", "replace") if "txt" in found else None
         return Sample(position, key, place.group, place.epoch, image.extension.rpartition(".")[2],
-                      found[image.extension], text, metadata, decoded, replaced)
+                      found[image.extension], text, metadata, decoded)
 
     def _members(self, shard: Shard, members: list[Member]) -> dict[str, bytes]:
         """The data of each member, checked; read twice where it looks damaged, since the way may be at fault."""
@@ -214,11 +217,7 @@ class Reader:
                 self.corrupt_keys.append(key)
             corrupt, read = self.corrupt, self.read
         log.warning("%s of group %s is damaged and replaced: %s", key, place.group, error)
-        if corrupt > self.reading.max_corrupt * max(read, FIRST):
-            raise TooManyCorrupt(
-                f"{corrupt} of {read} samples are damaged, more than max_corrupt = {self.reading.max_corrupt}: "
-                f"{', '.join(self.corrupt_keys)}. `clearshard verify` names the shards and what mends them; if tars "
-                "from elsewhere were replaced, delete their indexes and run `clearshard index`")
+        refuse_above(self.reading.max_corrupt, corrupt, read, self.corrupt_keys, str(error))
 
     def _cache(self, shards: list[Shard]) -> WholeShards:
         largest = {group: sorted((shard.bytes for shard in self.corpus.groups[group]), reverse=True)
@@ -229,6 +228,15 @@ class Reader:
                               f"cache_bytes = {self.reading.cache_bytes:,} is too little; raise it or lower the window")
         folder = self.reading.cache or os.path.join(tempfile.gettempdir(), "clearshard-shards")
         return WholeShards(folder, self.reading.cache_bytes, self.in_use, self.reading.patience)
+
+
+def refuse_above(accepted: float, corrupt: int, read: int, keys: list[str], last: str) -> None:
+    """Raises TooManyCorrupt where more than the accepted share is damaged; `last`: what was wrong with the last one."""
+    if corrupt > accepted * max(read, FIRST):
+        raise TooManyCorrupt(
+            f"{corrupt} of {read} samples are damaged, more than max_corrupt = {accepted}: {', '.join(keys)} (the "
+            f"last: {last}). `clearshard verify` names the shards and what mends them; if tars from elsewhere were "
+            "replaced, delete their indexes and run `clearshard index`")
 
 
 def runs(members: list[Member]) -> list[list[Member]]:

@@ -1,13 +1,17 @@
 """Small corpora, written by the pipeline's own writer."""
 
 import hashlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.shards import index_bytes
 from pipeline.tar import TarWriter
+from tests.conftest import photograph
 
 
 def image(key: str) -> bytes:
@@ -15,7 +19,7 @@ def image(key: str) -> bytes:
     return hashlib.shake_128(key.encode()).digest(200 + len(key) * 7)
 
 
-def write_corpus(folder: Path, groups: dict[str, list[int]]) -> Path:
+def write_corpus(folder: Path, groups: dict[str, list[int]], image: Callable[[str], bytes] = image) -> Path:
     """A folder as `clearshard run` leaves it: groups with so many samples in each of their shards."""
     shards = folder / "shards"
     shards.mkdir(parents=True)
@@ -46,3 +50,45 @@ def damage(workspace: Path, key: str) -> None:
     data = bytearray(tar.read_bytes())
     data[data.find(image(key)) + 5] ^= 1
     tar.write_bytes(data)
+
+
+def picture(key: str) -> bytes:
+    """A JPEG of 96 x 80 pixels that looks a little like a photograph, another one for each key."""
+    data = io.BytesIO()
+    photograph(int(hashlib.md5(key.encode()).hexdigest()[:6], 16), 96, 80).save(data, "jpeg", quality=95)
+    return data.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A corpus of real pictures: 18 of hq in 3 shards, 4 negatives."""
+    return write_corpus(tmp_path_factory.mktemp("pictures"), {"hq": [6, 7, 5], "negative": [4]}, picture)
+
+
+@pytest.fixture(scope="session")
+def prior(tmp_path_factory) -> Path:
+    """The tiny SDXL."""
+    import torch
+
+    from models import tiny_sdxl
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("prior") / "sdxl"
+    tiny_sdxl.build(folder)
+    return folder
+
+
+@pytest.fixture
+def configured(tmp_path, pictures, prior) -> Callable[..., dict]:
+    """configured(task, **changes): a run of the tiny networks, as YAML would give it; `data=…` and `task=…` are added
+    to what is there."""
+    def make(task: str = "supir.encoder", **changes: Any) -> dict:
+        values = {
+            "task": {"name": task, "prior": str(prior), **changes.pop("task", {})},
+            "data": {"corpus": [str(pictures)], "crop": 64, "workers": 0,
+                     "recipe": "supir" if task in ("supir.encoder", "supir.adaptor") else None,
+                     "reading": {"weights": {"hq": 3, "negative": 1}}, **changes.pop("data", {})},
+            "out": str(tmp_path / "run"), "images": 32, "batch": 4, "log_every": 1,
+            "optimizer": {"rate": 1e-3}, "ema": {"half_life": 16},
+            "validation": {"every": 1000, "images": 2, "previews": 1}, "checkpoints": {"every": 8}}
+        return values | changes
+    return make

@@ -195,7 +195,7 @@ def test_a_group_in_which_all_is_damaged_stops_at_once(workspace):
     corpus = Corpus.open(str(workspace))
     for key in ("face-000000-0", "face-000000-1", "face-000001-0", "face-000001-1", "face-000001-2"):
         damage(workspace, key)
-    with pytest.raises(TooManyCorrupt, match="samples in its place are damaged: face-"):
+    with pytest.raises(TooManyCorrupt, match=r"samples in its place are damaged: face-.*\(the first: its .jpg"):
         Reader(corpus, Reading(weights={"face": 1}, max_corrupt=1))[0]
 
 
@@ -220,6 +220,14 @@ def test_what_the_callers_decoder_refuses_is_replaced_too(workspace):
     samples = [reader[position] for position in range(100)]
     assert {sample.replaced for sample in samples} == {None, "hq-000004-3"}
     assert all(sample.decoded == len(sample.image) for sample in samples)
+    assert {sample.reason for sample in samples} == {None, "no picture at all"}
+
+
+def test_a_group_whose_only_sample_is_damaged_is_an_error_of_the_corpus(tmp_path):
+    folder = write_corpus(tmp_path / "one", {"hq": [1]})
+    damage(folder, "hq-000000-0")
+    with pytest.raises(CorpusError, match="'hq' has one sample only, so nothing can stand in for it"):
+        Reader(Corpus.open(str(folder)), Reading(max_corrupt=1))[0]
 
 
 def test_a_tar_that_vanishes_stops_the_run_with_its_name(workspace):

@@ -1,0 +1,21 @@
+"""A program for torchrun: runs each configuration of a JSON file, one after the other, on all ranks."""
+
+import json
+import sys
+
+import torch
+
+from degrade.strict import check
+from train.config import Training
+from train.loop import Trainer
+from train.ranks import Ranks
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ranks = Ranks.start("cpu")
+    for scenario in json.load(open(sys.argv[1])):
+        run = Trainer(check(Training, scenario["config"], "test"), ranks, stop_at=scenario.get("stop_at"))
+        finished = run.fit()
+        if finished:
+            run.export()
+    ranks.stop()
