@@ -3,7 +3,6 @@
 import typer
 
 from caption import commands as caption_commands
-from caption import demo
 from caption.stages import STAGES as CAPTION_STAGES
 from dags import graph
 from models import commands as models_commands
@@ -13,6 +12,7 @@ from pipeline.doctor import doctor
 from pipeline.stages import STAGES
 from sample import commands as sample_commands
 from train import commands as train_commands
+from train import demo
 
 STAGES = STAGES | CAPTION_STAGES
 ORDER = [STAGES[step.name] for step in graph.order(graph.GRAPHS["corpus"]) if step.name in STAGES]

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from airflow.sdk import Param, dag
 
-from dags.graph import GRAPHS, order
+from dags.graph import GRAPHS, order, parameters
 from dags.ray_operator import RayJobOperator
 
 
@@ -23,7 +23,8 @@ def build(name: str) -> None:
         catchup=False,
         max_active_runs=1,
         params={
-            "workspace": Param(type="string", pattern="^[^-]", description="Folder of the corpus, e.g. s3://bucket/corpus"),
+            **{key: Param(*([one.default] if one.default else []), type="string", pattern=one.pattern,
+                          description=one.description) for key, one in parameters(steps).items()},
             "arguments": Param({}, type="object", properties={step.name: arguments for step in steps},
                                additionalProperties=False,
                                description='More arguments for a step, e.g. {"score": ["--max-error-rate", "0.2"]}'),

@@ -101,10 +101,11 @@ class RayJobs:
         if urllib.parse.urlsplit(self.address).scheme not in ("http", "https"):
             raise RayJobsError(f"{self.address!r} is no dashboard: RAY_API_SERVER_ADDRESS is of the form {ADDRESS}")
 
-    def submit(self, job_id: str, entrypoint: str, *, num_cpus: float = 0, memory: int = 0,
+    def submit(self, job_id: str, entrypoint: str, *, num_cpus: float = 0, memory: int = 0, num_gpus: float = 0,
                metadata: dict[str, str] | None = None) -> None:
         """Starts a shell command as a job; an id that exists is refused."""
-        resources = {"entrypoint_num_cpus": num_cpus, "entrypoint_memory": memory}
+        resources = {"entrypoint_num_cpus": num_cpus, "entrypoint_memory": memory,
+                     "entrypoint_num_gpus": num_gpus}
         self._request("POST", "/api/jobs/", {
             "entrypoint": entrypoint, "submission_id": job_id, "metadata": metadata or {},
             **{name: value for name, value in resources.items() if value}})

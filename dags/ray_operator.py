@@ -83,7 +83,7 @@ class RayJobTrigger(BaseTrigger):
 
 
 class RayJobOperator(BaseOperator):
-    """Runs one step on the workspace that the run names, as a Ray job.
+    """Runs one step on what the run's parameters name, as a Ray job.
 
     The job's id is made of the DAG, the run, the step and a number. A retry follows the job of the attempt before while
     it is active, and else submits the next number: the command runs once at a time, whatever happens to Airflow.
@@ -100,12 +100,13 @@ class RayJobOperator(BaseOperator):
 
     def execute(self, context: Any) -> None:
         params, run = context["params"], context["dag_run"]
-        command = self.step.command(params["workspace"], program=os.environ.get("CLEARSHARD", "clearshard"),
+        command = self.step.command(params, program=os.environ.get("CLEARSHARD", "clearshard"),
                                     address="auto", extra=params["arguments"].get(self.step.name, ()))
         dashboard = address_from()
         base = base_id(self.dag_id, run.run_id, self.step.name)
         job, attached = RayJobs(dashboard).attach_or_submit(
             base, shlex.join(command), num_cpus=self.step.num_cpus, memory=self.step.memory,
+            num_gpus=int(params["gpus"]) if self.step.gpu else 0,
             metadata={"dag_id": self.dag_id, "run_id": run.run_id, "task_id": self.task_id})
         self.submitted = dashboard, job.id
         self.log.info("%s Ray job %s at %s: %s", "following" if attached else "submitted", job.id, dashboard,

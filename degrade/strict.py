@@ -79,9 +79,14 @@ def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel) and step in kind.model_fields:
             kind = kind.model_fields[step].annotation
         else:       # a place in a list, a name in a mapping, or the tag of a union, which pydantic adds to the path
-            models = _models_in(kind)
-            kind = next((one for one in models if step == getattr(one.model_fields.get("op"), "default", None)), kind)
+            kind = next((one for one in _models_in(kind) if step in _tags(one)), kind)
     return sorted(_models_in(kind)[0].model_fields)
+
+
+def _tags(model: type[BaseModel]) -> tuple:
+    """The words by which a union tells this model from others: the only values of its `op` or `name`."""
+    fields = (model.model_fields[name] for name in ("op", "name") if name in model.model_fields)
+    return tuple(word for field in fields for word in typing.get_args(field.annotation))
 
 
 def _models_in(kind: Any) -> list[type[BaseModel]]:

@@ -68,10 +68,12 @@ def unet(channels: tuple[int, ...] = (8, 16, 32), heads: tuple[int, ...] = (1, 2
 
 def autoencoder(channels: tuple[int, ...] = (8, 8, 16, 16), latent_channels: int = 4,
                 scaling_factor: float = 0.13025) -> AutoencoderKL:
-    """SDXL's autoencoder, narrow: a picture of 8n pixels is a latent of n."""
+    """SDXL's autoencoder, narrow: with its four levels, a picture of 8n pixels is a latent of n."""
+    levels = len(channels)
     return AutoencoderKL(
         block_out_channels=channels, layers_per_block=1, norm_num_groups=8, latent_channels=latent_channels,
-        sample_size=256, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         scaling_factor=scaling_factor, force_upcast=True)
 
 

@@ -61,6 +61,7 @@ class SupirPipeline:
                              **{f"text_{i}": encoder for i, encoder in enumerate(encoders)}}, self.memory)
         self.net, self.vae, self.robust = net.eval(), vae.eval(), robust.eval()
         self.scaling = vae.config.scaling_factor
+        self.reduction = 2 ** (len(vae.config.block_out_channels) - 1)      # pixels of a latent's side
         if compile and self.memory.device.type == "cuda":
             net.to(memory_format=torch.channels_last)
         self.compiled = torch.compile(net) if compile else None
@@ -162,7 +163,7 @@ class SupirPipeline:
                tile: int = 1 << 20, on_step: OnStep | None = None) -> Tensor:
         """(B, C, h, w) scaled latents. negative, positive: one prompt, or one for each image."""
         with self.parts.on_device("net") as (net,), constant_text(net):
-            denoise = self.denoiser(net, latents.z_lq, negative, positive, preset, tile // 8)
+            denoise = self.denoiser(net, latents.z_lq, negative, positive, preset, tile // self.reduction)
             return run(preset, denoise, noise, z_stage1=latents.z_stage1, z_lq=latents.z_lq, on_step=on_step)
 
     def denoiser(self, net: SupirUNet, z_lq: Tensor, negative: Conditioning, positive: Conditioning, preset: Preset,

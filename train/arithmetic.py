@@ -43,9 +43,12 @@ def count(config: Training) -> Cost:
             kept_alive.append(tensor)       # so that no later storage takes its place
         return tensor
     kept_alive: list[torch.Tensor] = []
+    draws = Named(0, batch.keys, batch.epochs)
+    with torch.no_grad():
+        objective.prepare(batch, draws)         # from now on the embeddings of its text are known
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            inputs = objective.prepare(batch, Named(0, batch.keys, batch.epochs))
+            inputs = objective.prepare(batch, draws)
         with saved_tensors_hooks(kept, lambda tensor: tensor):
             loss = objective(inputs)["loss"]
         loss.sum().backward()

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.commands import console, reported
+from pipeline.lock import Lock
+from pipeline.storage import Folder
+from sample.run import usable
+
+if TYPE_CHECKING:
+    from .config import Training
+    from .ranks import Ranks
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run; configs/ has examples.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Set a key of it, such as task.depth=paper; again "
@@ -45,7 +57,9 @@ def train(path: Config, settings: Settings = None, device: Device = "auto", dry_
 
     Stop it whenever you like: the same command goes on, with any number of devices that divides the batch.
     """
-    with reported():
+    # The libraries' own progress bars would last a moment and say less than the lines here.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with reported(), usable():
         from . import config as configuration
         config = configuration.load(path, settings)
         if dry_run:
@@ -63,53 +77,61 @@ def train(path: Config, settings: Settings = None, device: Device = "auto", dry_
             run(config, device, accept_changes, stop_at, profile, export)
 
 
-def run(config: object, device: str = "auto", accept: bool = False, stop_at: int | None = None, profile: int = 0,
+def run(config: Training, device: str = "auto", accept: bool = False, stop_at: int | None = None, profile: int = 0,
         export: bool = False) -> None:
     """One rank of a run, in this process.
 
     Raises:
         KeyboardInterrupt: it was asked to stop, and has saved.
     """
-    import contextlib
-    import sys
-
-    from pipeline.lock import Lock
-    from pipeline.storage import Folder
-
-    from .loop import Trainer
     from .ranks import Ranks
     ranks = Ranks.start(device)
     try:
-        held = Lock(Folder.at(str(config.out)), " ".join(["clearshard", *sys.argv[1:]])) if ranks.first \
-            else contextlib.nullcontext()
-        with held:
-            trainer = Trainer(config, ranks, lambda text: console.print(text, markup=False), accept=accept,
-                              stop_at=stop_at, profile=profile)
-            if not export:
-                previous = stopped_by(trainer.stop)
-                finished = trainer.fit()
-                for number, handler in previous.items():
-                    signal.signal(number, handler)
-                if trainer.stopping:
-                    raise KeyboardInterrupt
-                if not finished:
-                    console.print(f"stopped at step {trainer.step:,}, as asked; the same command goes on", markup=False)
-                    return
-            trainer.export()
-            if ranks.first:
-                console.print(f"done: {config.out / 'model'}", markup=False)
+        with held(config) if ranks.first else contextlib.nullcontext():
+            go(config, ranks, say, stopped_by, accept=accept, stop_at=stop_at, profile=profile, export=export)
     finally:
         ranks.stop()
 
 
-def stopped_by(stop: object) -> dict:
+def held(config: Training) -> Lock:
+    """The run's folder, held against a second run of it."""
+    return Lock(Folder.at(str(config.out)), " ".join(["clearshard", *sys.argv[1:]]))
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False)
+
+
+def go(config: Training, ranks: Ranks, say: Callable[[str], None], listen: Callable[[Callable[[], None]], dict], *,
+       accept: bool = False, stop_at: int | None = None, profile: int = 0, export: bool = False) -> None:
+    """Trains and exports, or exports only; `listen(stop)` hears who wants it to stop.
+
+    Raises:
+        KeyboardInterrupt: as `run`.
+    """
+    from .loop import Trainer
+    trainer = Trainer(config, ranks, say, accept=accept, stop_at=stop_at, profile=profile)
+    if not export:
+        previous = listen(trainer.stop)
+        finished = trainer.fit()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if trainer.stopping:
+            raise KeyboardInterrupt
+        if not finished:
+            trainer.say(f"stopped at step {trainer.step:,}, as asked; the same command goes on")
+            return
+    trainer.export()
+    trainer.say(f"done: {config.out / 'model'}")
+
+
+def stopped_by(stop: Callable[[], None]) -> dict:
     """The first SIGTERM or Ctrl-C saves and ends after the step; the second ends at once."""
     previous = {}
 
     def asked(number: int, frame: object) -> None:
         stop()
         signal.signal(number, previous[number])
-    import threading
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, asked)

@@ -93,6 +93,8 @@ class Training(Strict):
         if self.task.name != "supir.autoencoder" and self.data.crop % 64:
             raise ValueError(f"data.crop: {self.data.crop} is no multiple of 64, the least picture that the middle of "
                              "the prior divides evenly")
+        if self.parallel == "fsdp" and self.optimizer.kind == "adamw8bit":
+            raise ValueError("parallel: fsdp cuts tensors, which bitsandbytes does not take; choose adamw or ddp")
         if self.images < self.batch:
             raise ValueError(f"images: {self.images} are less than one batch of {self.batch}")
         return self

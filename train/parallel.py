@@ -54,11 +54,16 @@ class Parallel:
     def whole(self) -> Iterator[None]:
         """Within the block the weights are whole on every rank, for calls that go past the objective's own."""
         parts = [module for module in self.objective.modules() if isinstance(module, FSDPModule)]
+        blocks = [part for part in parts if part is not self.objective]
         for part in parts:
             part.unshard()
+        for block in blocks:                    # otherwise each call of a block would cut it again
+            block.set_reshard_after_forward(False, recurse=False)
         try:
             yield
         finally:
+            for block in blocks:
+                block.set_reshard_after_forward(True, recurse=False)
             for part in parts:
                 part.reshard()
 

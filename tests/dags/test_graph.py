@@ -7,11 +7,11 @@ import pytest
 import typer
 
 from clearshard import STAGES, app
-from dags.graph import GRAPHS, GraphError, Step, chain, if_configured, order
+from dags.graph import GRAPHS, GraphError, Step, chain, if_configured, order, parameters
 from tests.dags.head import REPOSITORY
 
 COMMANDS = typer.main.get_command(app).commands
-ALL = {step.name for steps in GRAPHS.values() for step in steps}
+ALL = {(graph, step.name): step for graph, steps in GRAPHS.items() for step in steps}
 
 
 def names(steps):
@@ -53,19 +53,29 @@ def test_what_has_no_order_is_refused(steps, said):
 
 def test_a_step_is_the_command_that_a_user_types():
     step, = chain(if_configured(Step("caption")))
-    assert step.command("s3://b/c", address="auto", extra=["--limit", "5"]) == [
+    assert step.command({"workspace": "s3://b/c"}, address="auto", extra=["--limit", "5"]) == [
         "clearshard", "caption", "s3://b/c", "--address", "auto", "--if-configured", "--limit", "5"]
-    assert Step("report", distributed=False).command("w", program="/x/clearshard", address="auto") == [
+    assert Step("report", distributed=False).command({"workspace": "w"}, program="/x/clearshard", address="auto") == [
         "/x/clearshard", "report", "w"]
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
-def test_a_step_has_a_command_and_its_options(name):
-    options = {option for parameter in COMMANDS[name].params for option in parameter.opts}
-    for step in (step for steps in GRAPHS.values() for step in steps if step.name == name):
-        words = step.command("WORKSPACE", address="auto")
-        assert {word for word in words if word.startswith("--")} <= options
-        assert ("--address" in options) == step.distributed
+def test_a_training_is_what_a_user_types():
+    given = {"encoder": "/d/encoder.yaml", "adaptor": "/d/{adaptor}.yaml", "workers": "8", "model": "/d/adaptor/model",
+             "images": "/d/photos", "evaluation": "/d/evaluation", "gpus": "1"}
+    assert [step.command(given, address="auto")[1:] for step in GRAPHS["training"]] == [
+        ["train", "/d/encoder.yaml", "--ray", "8", "--address", "auto"],
+        ["train", "/d/{adaptor}.yaml", "--ray", "8", "--address", "auto"],
+        ["evaluate", "/d/adaptor/model", "/d/photos", "--out", "/d/evaluation"]]
+    assert set(parameters(GRAPHS["training"])) == set(given)
+
+
+@pytest.mark.parametrize("graph, name", sorted(ALL))
+def test_a_step_has_a_command_and_its_options(graph, name):
+    step = ALL[graph, name]
+    known = COMMANDS[step.verb or name]
+    given = {key: one.default or "/d" for key, one in parameters([step]).items()}
+    known.make_context(name, step.command(given, address="auto")[2:])      # fails on what the command does not take
+    assert ("--address" in {option for parameter in known.params for option in parameter.opts}) == step.distributed
 
 
 def test_airflow_needs_nothing_of_ours_but_the_standard_library():

@@ -1,4 +1,4 @@
-"""The mini: its shapes, its size, and that everything here takes a latent of eight channels."""
+"""The mini: its shapes, its size, and that everything here takes a latent of a quarter of the picture's side."""
 
 import json
 
@@ -48,9 +48,9 @@ def test_the_whole_of_it_in_half_precision_stays_under_19_megabytes(supir):
     assert 5e6 < sizes["prior"] < sum(sizes.values()) < 19e6
 
 
-def test_it_has_sdxls_layout_with_eight_channels_of_latent(prior):
+def test_it_has_sdxls_layout(prior):
     unet, vae = (json.loads((prior / part / "config.json").read_text()) for part in ("unet", "vae"))
-    assert (unet["in_channels"], unet["out_channels"], vae["latent_channels"]) == (8, 8, 8)
+    assert (unet["in_channels"], unet["out_channels"], vae["latent_channels"]) == (4, 4, 4)
     assert unet["addition_embed_type"] == "text_time" and vae["scaling_factor"] == 1.0
     assert {path.name for path in prior.iterdir()} >= {"text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
                                                       "scheduler", "model_index.json", "MODEL_CARD.md"}
@@ -61,7 +61,7 @@ def test_the_networks_keep_shapes_and_a_fresh_latent_has_a_usable_spread(supir):
     pixels = torch.from_numpy(np.asarray(photograph(0, 160, 128))).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         latent = robust.latent(pixels, vae)
-        assert latent.shape == (1, 8, 16, 20) and 1e-3 < latent.std() < 1e3
+        assert latent.shape == (1, 4, 32, 40) and 1e-3 < latent.std() < 1e3
         assert vae.decode(latent).sample.shape == pixels.shape
         net = SupirUNet(net.unet, net.adaptor)
         noise = net(latent, torch.tensor(500), latent, torch.randn(1, 77, 80), torch.randn(1, 48), torch.ones(1, 6))

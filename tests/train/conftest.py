@@ -81,7 +81,7 @@ def prior(tmp_path_factory) -> Path:
 def configured(tmp_path, pictures, prior) -> Callable[..., dict]:
     """configured(task, **changes): a run of the tiny networks, as YAML would give it; `data=…` and `task=…` are added
     to what is there."""
-    def make(task: str = "supir.encoder", **changes: Any) -> dict:
+    def make(task: str = "supir.encoder", /, **changes: Any) -> dict:
         values = {
             "task": {"name": task, "prior": str(prior), **changes.pop("task", {})},
             "data": {"corpus": [str(pictures)], "crop": 64, "workers": 0,

@@ -18,8 +18,8 @@ from train.checkpoint import Checkpoints
 from train.config import Training
 from train.ranks import Ranks
 
-# Float32 sums in another order, through eight steps of Adam, whose steps have the sign of small gradients.
-LOSS, WEIGHT = 1e-4, 5e-4
+# Float32 sums in another order, through eight steps. A large eps keeps Adam from blowing up tiny gradients.
+LOSS, WEIGHT = 1e-3, 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,11 @@ def folder(tmp_path_factory) -> Path:
 def config(folder: Path, name: str, task: str, prior: Path, pictures: Path, **changes: object) -> dict:
     given = {"name": task, "prior": str(prior)}
     if task == "supir.adaptor":
-        given["encoder"] = str(folder / "encoder-one" / "model")
+        given |= {"encoder": str(folder / "encoder-one" / "model"), "preview_steps": 2}
     return {"task": given, "out": str(folder / name), "images": 32, "batch": 4, "log_every": 1,
             "data": {"corpus": [str(pictures)], "crop": 64, "workers": 0,
                      "reading": {"weights": {"hq": 3, "negative": 1}}},
-            "optimizer": {"rate": 1e-3}, "ema": {"half_life": 16}, "checkpoints": {"every": 16},
+            "optimizer": {"rate": 1e-2, "eps": 1e-2}, "ema": {"half_life": 16}, "checkpoints": {"every": 16},
             "validation": {"every": 1000, "images": 3, "previews": 1}} | changes
 
 
@@ -74,7 +74,8 @@ PAIRS = [("encoder-one", "encoder-ddp"), ("encoder-one", "encoder-fsdp"), ("adap
 @pytest.mark.parametrize("one, other", PAIRS)
 def test_losses_norms_and_validation_are_those_of_one_rank(runs, one, other):
     for name in ("loss", "gradient", "validation/loss"):
-        first, second = ([line[name] for line in metrics(runs[run]) if name in line] for run in (one, other))
+        first, second = ([line[name] for line in metrics(runs[run]) if name in line and ("/" not in name or
+                          line["step"] == 8)] for run in (one, other))
         assert len(first) == len(second) == (1 if "/" in name else 8)
         assert first == pytest.approx(second, rel=LOSS)
 

@@ -22,12 +22,18 @@ def elsewhere(configured, tmp_path):
     return lambda name, **changes: configured(**changes) | {"out": str(tmp_path / name)}
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(elsewhere):
-    straight = trained(elsewhere("straight"))
-    stopped = trained(elsewhere("stopped"), stop_at=5)
+EIGHT_BITS = {"rate": 1e-3, "kind": "adamw8bit"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": EIGHT_BITS}, {"precision": "bf16", "checkpointing": True}])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(elsewhere, changes):
+    if changes.get("optimizer") == EIGHT_BITS:
+        pytest.importorskip("bitsandbytes", reason="8-bit states are bitsandbytes'")
+    straight = trained(elsewhere("straight", **changes))
+    stopped = trained(elsewhere("stopped", **changes), stop_at=5)
     assert stopped.step == 5
     assert not same(weights(stopped), weights(straight))
-    resumed = trained(elsewhere("stopped"))
+    resumed = trained(elsewhere("stopped", **changes))
     assert resumed.step == straight.step == 8
     assert same(weights(resumed), weights(straight))
 
@@ -50,6 +56,11 @@ def test_another_number_of_micro_batches_sees_the_same_samples_and_nearly_the_sa
     trained(cut)
     losses = [[line["loss"] for line in metrics(values) if "loss" in line] for values in (whole, cut)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_maps_that_are_computed_again_change_nothing(elsewhere):
+    kept, again = trained(elsewhere("kept")), trained(elsewhere("again", checkpointing=True))
+    assert same(weights(kept), weights(again))
 
 
 def test_another_batch_of_gradients_would_have_been_noticed(elsewhere):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from train.ranks import Ranks
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks = Ranks.start("cpu")
-    for scenario in json.load(open(sys.argv[1])):
+    for scenario in json.loads(Path(sys.argv[1]).read_text()):
         run = Trainer(check(Training, scenario["config"], "test"), ranks, stop_at=scenario.get("stop_at"))
         finished = run.fit()
         if finished:

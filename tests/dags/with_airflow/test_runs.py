@@ -66,6 +66,23 @@ def test_a_corpus_is_made_although_a_step_fails_first(jobs, airflow_environment,
     assert list((workspace / "shards").glob("*.tar")) and (workspace / "reports" / "corpus.html").exists()
 
 
+TRAINING = {"encoder": "/d/encoder.yaml", "adaptor": "/d/adaptor.yaml", "workers": "8", "model": "/d/run/model",
+            "images": "/d/my photos", "evaluation": "/d/evaluation", "gpus": "0"}
+
+
+def test_a_training_goes_from_encoder_to_evaluation_with_the_words_of_its_parameters(jobs, airflow_environment, script):
+    program = script('echo "was given $#: $@"')
+    conf = TRAINING | {"arguments": {"adaptor": ["--accept-changes"]}}
+    run = airflow(airflow_environment | {"CLEARSHARD": str(program)}, "dags", "test", "training", "-c",
+                  json.dumps(conf))
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert jobs_of(jobs, "training") == [(name, 1, "SUCCEEDED") for name in ("encoder", "adaptor", "evaluate")]
+    for line in ("was given 6: train /d/encoder.yaml --ray 8 --address auto",
+                 "was given 7: train /d/adaptor.yaml --ray 8 --address auto --accept-changes",
+                 "was given 5: evaluate /d/run/model /d/my photos --out /d/evaluation"):
+        assert line in run.stdout
+
+
 def test_what_a_repetition_cannot_mend_is_not_repeated(jobs, airflow_environment, script):
     program = script("echo corpus.yaml: no such key; exit 2")
     run = airflow(airflow_environment | {"CLEARSHARD": str(program)}, "dags", "test", "negatives", "-c",
@@ -86,15 +103,26 @@ def test_parameters_are_checked(airflow_environment):
     bad = [{}, {"workspace": ""}, {"workspace": "--help"}, {"workspace": "w", "arguments": {"verify": "--quick"}},
            {"workspace": "w", "arguments": {"verify": ["--address", "elsewhere:6379"]}},
            {"workspace": "w", "arguments": {"verify": ["--address=elsewhere:6379"]}}]
-    answers = in_airflow(airflow_environment, """
+    assert accepted(airflow_environment, "captions", good + bad) == [True] * len(good) + [False] * len(bad)
+
+
+def test_parameters_of_a_training_are_checked(airflow_environment):
+    asked = {name: value for name, value in TRAINING.items() if name not in ("workers", "gpus")}
+    bad = [{}, asked | {"model": "--out"}, TRAINING | {"workers": "0"}, TRAINING | {"workers": "2 --set"},
+           TRAINING | {"gpus": "many"}, asked | {"workspace": "w"} | {"images": ""}]
+    assert accepted(airflow_environment, "training", [asked, TRAINING, *bad]) == [True, True] + [False] * len(bad)
+
+
+def accepted(environment, dag, confs):
+    """Whether a DAG takes each of these as a run's parameters."""
+    return in_airflow(environment, """
         import copy
         from airflow.sdk.exceptions import ParamValidationError
-        for conf in json.loads(sys.argv[2]):
-            params = copy.deepcopy(bag.dags["captions"].params)
+        for conf in json.loads(sys.argv[3]):
+            params = copy.deepcopy(bag.dags[sys.argv[2]].params)
             try:
                 params.update(conf)
                 answer.append(bool(params.validate()))
             except ParamValidationError:
                 answer.append(False)
-        """, json.dumps(good + bad))
-    assert answers == [True] * len(good) + [False] * len(bad)
+        """, dag, json.dumps(confs))
