@@ -59,9 +59,10 @@ def write(out: Path, adaptor: SupirAdaptor, robust: RobustEncoder, prior: Path, 
     write_index(out, prior, licence)
 
 
-def write_index(out: Path, prior: Path, licence: str) -> None:
-    """`supir.json`, which makes a folder complete."""
-    index = {"format": 1, "prior": reference(prior, out), "prior_fingerprint": fingerprint(prior), "licence": licence}
+def write_index(out: Path, prior: Path, licence: str, **described: Any) -> None:
+    """`supir.json`, which makes a folder complete. described: further keys, see docs/supir_weights.md."""
+    index = {"format": 1, "prior": reference(prior, out), "prior_fingerprint": fingerprint(prior), "licence": licence,
+             **described}
     (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 

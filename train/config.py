@@ -112,7 +112,8 @@ class Training(Strict):
 FREE = ("out", "micro_batch", "precision", "parallel", "compile", "checkpointing", "deterministic", "checkpoints",
         "validation", "log_every", "wandb", "save_dtype", "data.workers", "data.prefetch", "data.degrade_on",
         "data.corpus", "data.reading", "task.prior", "task.encoder", "task.start", "task.preset", "task.preview_steps",
-        "task.told.cache")
+        "task.told.cache", "task.include_prior", "task.licence",
+        "task.described")
 
 
 def load(path: str | Path, settings: list[str] | None = None) -> Training:

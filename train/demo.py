@@ -15,11 +15,9 @@ from typing import Annotated
 
 import typer
 
-from models.supir_index import INDEX, read_index
 from pipeline.commands import console, reported
 from pipeline.config import NAME, parse
 from pipeline.storage import Folder
-from sample.model import EMBEDDED
 
 # Its largest pictures measure about a thousand pixels, so tiles are small here. The folder is a messy pile as it
 # stands: drawings, scans, thumbnails, arrays and copies lie between the photographs.
@@ -76,6 +74,9 @@ class Start:
 
 
 def start(models: Path) -> Start:
+    """Imports here, because these load torch, and `clearshard --help` loads this file."""
+    from models.supir_index import INDEX, read_index
+    from sample.model import EMBEDDED
     if (EMBEDDED / INDEX).is_file():
         prior = EMBEDDED / read_index(EMBEDDED)["prior"]
         return Start("the small SUPIR of this program", prior, 160, 2e-5, 20, True, {"start": str(EMBEDDED)})
@@ -150,8 +151,12 @@ def killed(folder: Path) -> None:
     if saved():
         return
     process = subprocess.Popen(words("train", folder / "encoder.yaml"))
-    while process.poll() is None and not saved():
-        time.sleep(LOOK_S)
+    try:
+        while process.poll() is None and not saved():
+            time.sleep(LOOK_S)
+    except BaseException:
+        process.terminate()         # it saves first
+        raise
     if process.poll() is None:
         process.kill()
         process.wait()

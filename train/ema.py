@@ -39,7 +39,8 @@ class RunningMean:
     @torch.no_grad()
     def applied(self, owners: Mapping[str, int]) -> Iterator[None]:
         """Within the block the parameters are their means. owners: rank of each mean, where they are not cut."""
-        before = {name: local(parameter).clone() for name, parameter in self.trained.items()}
+        # On the host: a device that is just large enough for training has no room for them twice.
+        before = {name: local(parameter).to("cpu", copy=True) for name, parameter in self.trained.items()}
         try:
             for name, parameter in self.trained.items():
                 part = local(parameter)

@@ -212,6 +212,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begins a checkpoint of this step, unless there is one."""
+        self.checkpoints.wait()
         if any(found.step == self.step for found in self.checkpoints.all()):
             return
         pieces: dict[str, Piece] = {}

@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from clearshard import app
+from tests.conftest import REPOSITORY
 from tests.models.weights import configured as sdxl_shapes
 from tests.train.runs import trained
 
@@ -140,3 +141,14 @@ def test_a_trace_is_written_when_asked_for(configured):
     run = trained(configured(images=24), profile=2)
     trace = json.loads((Path(run.config.out) / "trace.json").read_text())
     assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def runs() -> list[Path]:
+    """Configurations of training among those that come along."""
+    return sorted(path for path in (REPOSITORY / "configs").rglob("*.yaml") if "\ntask:" in path.read_text())
+
+
+@pytest.mark.parametrize("path", runs(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_configurations_that_come_along_are_valid(path):
+    from train.config import load
+    assert load(path).steps > 1000

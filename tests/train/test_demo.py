@@ -35,7 +35,7 @@ def demo_samples(page: str) -> int:
 
 
 def test_the_demo_begins_with_the_networks_of_the_program_where_it_has_some(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "EMBEDDED", tmp_path / "embedded")
+    monkeypatch.setattr("sample.model.EMBEDDED", tmp_path / "embedded")
     assert demo.start(tmp_path / "models").prior == tmp_path / "models" / "sdxl"
     (tmp_path / "embedded").mkdir()
     (tmp_path / "embedded" / "supir.json").write_text(json.dumps({"format": 1, "prior": "prior"}))

@@ -164,6 +164,28 @@ def until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+def test_sigterm_ends_with_a_checkpoint(elsewhere):
+    from train.commands import stopped_by
+    straight = trained(elsewhere("straight"))
+    values = elsewhere("stopped")
+    run = trainer(values)
+    previous, update = stopped_by(run.stop), run.optimizer.step
+
+    def step():
+        update()
+        if run.step == 2:               # in the third, when the ranks have agreed on going on: the fourth is the last
+            signal.raise_signal(signal.SIGTERM)
+    run.optimizer.step = step
+    try:
+        assert not run.fit()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert run.step == 4 and run.stopping
+    assert same(weights(trained(values)), weights(straight))
+
+
+@pytest.mark.slow
 def test_kill_9_and_sigterm_lose_nothing_but_what_no_checkpoint_had(elsewhere, tmp_path):
     values = elsewhere("killed", images=400, checkpoints={"every": 40, "keep": 2}, data={"workers": 1})
     straight = trained(values | {"out": str(tmp_path / "straight")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from models.fingerprint import fingerprint
 from models.robust import RobustEncoder
 from models.supir import SupirAdaptor, SupirUNet
 from models.supir_index import INDEX, read_index
+from sample.model import Recommended
 from sample.presets import choose
 
 from ..named import Named
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ..batches import Batch
 
 ENCODER = "robust_encoder"
+LICENCE = "that of whoever trained it, within what the prior's allows"
 
 
 class Encoder(PriorTask):
@@ -130,6 +133,10 @@ class Adaptor(PriorTask):
     start: Path | None = Field(None, description="a SUPIR folder whose adaptor to go on from; its depth and connectors")
     told: Told = Told()
     noising: Noising = Noising()
+    include_prior: bool = Field(False, description="copy the prior into the folder, so that it can be handed on")
+    licence: str = Field(LICENCE, description="of the weights, as the folder states it")
+    described: Recommended = Field(Recommended(), description="what the folder says of itself, and how to restore with "
+                                                              "it where nothing else is said")
     preset: str = Field("fidelity", description="of the previews")
     preview_steps: int = Field(20, ge=1, le=1000, description="of sampling of the previews")
 
@@ -203,10 +210,14 @@ class AdaptorObjective(Objective):
                              Memory.at("fast", str(device), torch.float32))
 
     def save(self, folder: Path, batch: Batch, dtype: torch.dtype) -> None:
-        """A SUPIR folder, which refers to the prior where it lies."""
+        """A SUPIR folder, with the prior or referring to where it lies."""
         save_as(self.net.adaptor, folder / "adaptor", dtype)
         save_as(self.robust, folder / ENCODER, dtype)
-        supir_folder.write_index(folder, self.task.prior, "of whoever trained it; see its card")
+        prior = self.task.prior
+        if self.task.include_prior:
+            ignored = shutil.ignore_patterns("*.md", "trained.json")
+            prior = shutil.copytree(prior, folder / "prior", ignore=ignored)
+        supir_folder.write_index(folder, prior, self.task.licence, **self.task.described.model_dump(exclude_none=True))
 
     def blocks(self) -> list[nn.Module]:
         control, unet = self.net.adaptor.control, self.net.unet
