@@ -63,6 +63,7 @@ caption:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_served_model_captions_every_photograph_and_a_dead_server_costs_no_row(
         tmp_path, photographs, tiny_models, run):  # noqa: F811
     port = free_port()

@@ -142,6 +142,7 @@ def test_a_killed_import_leaves_no_folder_and_the_next_one_cleans_up_after_it(he
     assert [path.name for path in place.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_told_stop_leaves_nothing(here, tmp_path, started):
     process, place = started(here.sdxl_file), tmp_path / "place"
     wait_for_its_folder(process, place)
@@ -151,6 +152,7 @@ def test_a_told_stop_leaves_nothing(here, tmp_path, started):
     assert "nothing half-made is left" in (tmp_path / "said").read_text()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(here, tmp_path, started):
     process = started(here.sdxl, 1 << 20)           # the adaptor is larger
     process.join()

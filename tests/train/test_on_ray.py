@@ -49,6 +49,7 @@ def ranks_here() -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and "RayTrainWorker" in " ".join(process.cmdline())]
 
 
+@pytest.mark.slow
 def test_a_rank_on_ray_has_the_losses_of_one_process_whatever_folder_it_runs_in(configured, launch, tmp_path,
                                                                                 monkeypatch):
     values = configured(images=16)

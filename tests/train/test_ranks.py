@@ -35,7 +35,7 @@ def config(folder: Path, name: str, task: str, prior: Path, pictures: Path, **ch
             "data": {"corpus": [str(pictures)], "crop": 64, "workers": 0,
                      "reading": {"weights": {"hq": 3, "negative": 1}}},
             "optimizer": {"rate": 1e-2, "eps": 1e-2}, "ema": {"half_life": 16}, "checkpoints": {"every": 16},
-            "validation": {"every": 1000, "images": 3, "previews": 1}} | changes
+            "validation": {"every": 1000, "images": 3, "previews": int(name == "adaptor-fsdp")}} | changes
 
 
 @pytest.fixture(scope="module")

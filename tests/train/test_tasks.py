@@ -38,7 +38,7 @@ def of(task: str, encoder: Path) -> dict:
 @pytest.mark.parametrize("task", [*TASKS, "supir.adaptor"])
 def test_every_task_learns_what_it_is_shown(configured, encoder, task):
     # 22 pictures, again and again: the loss over the same samples falls.
-    values = configured(task, task=of(task, encoder), images=400, log_every=5, optimizer={"rate": 3e-3},
+    values = configured(task, task=of(task, encoder), images=240, log_every=3, optimizer={"rate": 4e-3},
                         ema={"half_life": 40})
     run = trained(values)
     first, last = np.mean(losses(values)[:4]), np.mean(losses(values)[-4:])
@@ -72,7 +72,7 @@ def test_the_printed_loss_collapses_and_the_default_does_not(configured, tmp_pat
     # image has a loss of zero, and descent finds it. With a target that stays, it does not pay.
     found = {}
     for target in ("printed", "pixels"):
-        values = configured(task={"target": target, "latent": 0.0}, images=800, log_every=20, batch=4,
+        values = configured(task={"target": target, "latent": 0.0}, images=560, log_every=14, batch=4,
                             optimizer={"rate": 3e-3}, ema={"half_life": 40}) | {"out": str(tmp_path / target)}
         run = trained(values)
         found[target] = spread(run), losses(values)[-1] / losses(values)[0], losses(values, "mse")[-1]
