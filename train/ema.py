@@ -15,15 +15,17 @@ from .ranks import Ranks
 
 
 class RunningMean:
-    """Means of the parameters that this rank owns.
+    """Means of the parameters that this rank owns. owners: the rank of each.
 
     Where weights are cut over the ranks (FSDP2), each keeps the mean of its own part; where every rank has all of them
     (DDP), each keeps the means of some, and `applied` gathers them.
     """
 
-    def __init__(self, config: Ema, trained: Mapping[str, Tensor], owned: set[str], ranks: Ranks, cut: bool) -> None:
-        self.config, self.trained, self.ranks, self.cut = config, dict(trained), ranks, cut
-        self.means = {name: local(parameter.detach()).clone() for name, parameter in trained.items() if name in owned}
+    def __init__(self, config: Ema, trained: Mapping[str, Tensor], owners: Mapping[str, int], ranks: Ranks,
+                 cut: bool) -> None:
+        self.config, self.trained, self.owners, self.ranks, self.cut = config, dict(trained), owners, ranks, cut
+        self.means = {name: local(parameter.detach()).clone() for name, parameter in trained.items()
+                      if cut or owners[name] == ranks.rank}
 
     @torch.no_grad()
     def update(self, batch: int, seen: int) -> None:
@@ -37,8 +39,8 @@ class RunningMean:
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def applied(self, owners: Mapping[str, int]) -> Iterator[None]:
-        """Within the block the parameters are their means. owners: rank of each mean, where they are not cut."""
+    def applied(self) -> Iterator[None]:
+        """Within the block the parameters are their means."""
         # On the host: a device that is just large enough for training has no room for them twice.
         before = {name: local(parameter).to("cpu", copy=True) for name, parameter in self.trained.items()}
         try:
@@ -47,7 +49,7 @@ class RunningMean:
                 if name in self.means:
                     part.copy_(self.means[name])
                 if self.ranks.count > 1 and not self.cut:
-                    dist.broadcast(part, owners[name])
+                    dist.broadcast(part, self.owners[name])
             yield
         finally:
             for name, parameter in self.trained.items():

@@ -26,10 +26,11 @@ from .config import Training, changes, identity
 from .ema import RunningMean
 from .meters import Log, Meters, told
 from .named import Named
-from .parallel import Parallel, full, local, rows
-from .pieces import Piece, Pieces, replace
+from .parallel import Parallel, full
+from .pieces import replace
 from .profile import Profile
 from .ranks import Ranks
+from .tensors import Tensors, on_host, shared_out
 from .validation import Validator
 
 Say = Callable[[str], None]
@@ -65,7 +66,8 @@ class Trainer:
         self._networks()
         self.step = 0
         if found is not None:
-            self._restore(*found)
+            self.step = found[0].step
+            self.tensors.restore(found[1])
         self.profile = Profile(profile, config.out, ranks)
 
     def _networks(self) -> None:
@@ -77,10 +79,9 @@ class Trainer:
         if not self.trained:
             raise ConfigError(f"task {config.task.name} trains nothing as configured")
         self.optimizer = optimizer.make(config.optimizer, self.trained)
-        self.owners = shared_out(self.trained, ranks.count)
-        owned = set(self.trained) if self.parallel.sharded else {
-            name for name, owner in self.owners.items() if owner == ranks.rank}
-        self.ema = RunningMean(config.ema, self.trained, owned, ranks, self.parallel.sharded) if config.ema else None
+        owners = shared_out(self.trained, ranks.count)
+        self.ema = RunningMean(config.ema, self.trained, owners, ranks, self.parallel.sharded) if config.ema else None
+        self.tensors = Tensors(self.trained, self.optimizer, self.ema, owners, ranks, self.parallel.sharded)
 
     # Running.
 
@@ -198,7 +199,7 @@ class Trainer:
 
     def means(self) -> Any:
         """A block in which the weights are their running means."""
-        return self.ema.applied(self.owners) if self.ema is not None else contextlib.nullcontext()
+        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
     def validate(self, log: Log | None) -> None:
         with self.means():
@@ -215,38 +216,9 @@ class Trainer:
         self.checkpoints.wait()
         if any(found.step == self.step for found in self.checkpoints.all()):
             return
-        pieces: dict[str, Piece] = {}
-        tensors = {f"model/{name}": parameter for name, parameter in self.trained.items()} | {
-            f"optimizer/{name}": state for name, state in optimizer.states(self.optimizer, self.trained).items()}
-        for name, tensor in tensors.items():
-            owner = self.owners[owner_of(name)]
-            if (self.parallel.sharded and tensor.ndim) or owner == self.ranks.rank:
-                pieces[name] = self._piece(tensor)
-        for name, mean in (self.ema.means if self.ema is not None else {}).items():
-            start, _ = rows(self.trained[name], self.ranks)
-            pieces[f"ema/{name}"] = Piece(on_host(mean), tuple(self.trained[name].shape), start)
         state = {"step": self.step, "images": self.seen, "identity": identity(self.config),
                  "corpus": self.loader.reader.fingerprint(), "made_from": self.config.task.made_from()}
-        self.checkpoints.save(state, pieces)
-
-    def _piece(self, tensor: Tensor) -> Piece:
-        return Piece(on_host(local(tensor)), tuple(tensor.shape), rows(tensor, self.ranks)[0])
-
-    def _restore(self, checkpoint: Checkpoint, pieces: Pieces) -> None:
-        self.step = checkpoint.step
-        stored: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                where = rows(parameter, self.ranks)
-                local(parameter).copy_(pieces.read(f"model/{name}", *where))
-                if self.ema is not None and name in self.ema.means and f"ema/{name}" in pieces.shapes:
-                    self.ema.means[name].copy_(pieces.read(f"ema/{name}", *where))
-        for name in pieces.shapes:
-            if name.startswith("optimizer/"):
-                of = self.trained[owner_of(name)]
-                whole = pieces.shapes[name] == tuple(of.shape)
-                stored[name.removeprefix("optimizer/")] = pieces.read(name, *(rows(of, self.ranks) if whole else ()))
-        optimizer.restore(self.optimizer, self.trained, stored)
+        self.checkpoints.save(state, self.tensors.pieces())
 
     def export(self) -> None:
         """Writes `model/`: the running mean of the weights, in the layout that the task's users expect."""
@@ -265,26 +237,6 @@ class Trainer:
                     "task": self.config.task.name, "step": self.step, "images": self.seen,
                     "identity": identity(self.config), "corpus": self.loader.reader.fingerprint()}))
         self.ranks.barrier()
-
-
-def shared_out(trained: Mapping[str, Tensor], ranks: int) -> dict[str, int]:
-    """Which rank keeps and writes what, by size, where every rank has everything."""
-    loads, owners = [0] * ranks, {}
-    for name, parameter in sorted(trained.items(), key=lambda item: -item[1].numel()):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += parameter.numel()
-    return owners
-
-
-def owner_of(name: str) -> str:
-    """The parameter of `model/NAME` and of `optimizer/NAME/STATE`."""
-    kind, _, rest = name.partition("/")
-    return rest.rpartition("/")[0] if kind == "optimizer" else rest
-
-
-def on_host(tensor: Tensor) -> Tensor:
-    """A copy that training does not change."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def set_deterministic(wanted: bool, device: torch.device) -> None:
