@@ -76,22 +76,28 @@ class EncoderObjective(Objective):
             with device if device.type == "meta" else torch.device("cpu"):
                 self.robust = RobustEncoder.from_vae(self.vae).float().to(device)
         self.robust.requires_grad_(True)
+        self.near = task.latent > 0 and task.target != "printed"
         self.lpips: Perceptual | None = perceptual(device) if task.perceptual else None
 
     def prepare(self, batch: Batch, draws: Named, level: int | None = None) -> dict[str, Tensor]:
-        truth = signed(batch.hq)
-        latent = self.vae.encode(truth.to(self.vae.dtype)).latent_dist.mode()
-        target = truth if self.task.target == "pixels" else self.decoded(latent)
-        return {"lq": signed(batch.lq), "truth": truth, "latent": latent.float(), "target": target.float()}
+        inputs = {"lq": signed(batch.lq), "truth": signed(batch.hq)}
+        if self.near or self.task.target == "decoded":
+            inputs["latent"] = self.vae.encode(inputs["truth"].to(self.vae.dtype)).latent_dist.mode().float()
+        if self.task.target == "decoded":
+            inputs["target"] = self.decoded(inputs["latent"].to(self.vae.dtype)).float()
+        return inputs
 
     def forward(self, inputs: dict[str, Tensor]) -> Losses:
-        task, scaling = self.task, self.vae.config.scaling_factor
-        latent = self.read(inputs["lq"])
+        task, latent = self.task, self.read(inputs["lq"])
         decoded = self.decoded(latent).float()
-        target = self.decoded(self.read(inputs["truth"])).float() if task.target == "printed" else inputs["target"]
+        target = inputs.get("target", inputs["truth"])
+        if task.target == "printed":
+            target = self.decoded(self.read(inputs["truth"])).float()
         losses = {"pixel": per_sample((decoded - target) ** 2)}
-        losses["latent"] = per_sample((latent.float() - inputs["latent"]).abs()) * scaling
-        loss = task.pixel * losses["pixel"] + (task.target != "printed") * task.latent * losses["latent"]
+        loss = task.pixel * losses["pixel"]
+        if self.near:
+            losses["latent"] = per_sample((latent.float() - inputs["latent"]).abs()) * self.vae.config.scaling_factor
+            loss = loss + task.latent * losses["latent"]
         if self.lpips is not None:
             losses["perceptual"] = self.lpips(decoded, inputs["truth"])
             loss = loss + task.perceptual * losses["perceptual"]
