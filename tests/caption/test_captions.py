@@ -264,6 +264,7 @@ def test_a_corpus_without_the_section_says_how_it_looks_unless_it_may_be_missing
     assert "nothing to do" in clearshard("caption", workspace, "--if-configured").stdout
 
 
+@pytest.mark.slow
 def test_a_model_that_lacks_a_file_is_one_clear_error(tmp_path, photographs, tiny_models, run):
     shutil.copytree(tiny_models / "llava", tmp_path / "llava")
     (tmp_path / "llava" / "chat_template.jinja").unlink()

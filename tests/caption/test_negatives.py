@@ -282,6 +282,7 @@ def test_without_captions_only_those_images_are_painted_anew_that_had_one(worksp
     assert changed == {key for key, subject in subjects.items() if subject}
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_are_planned_in_seconds(tmp_path):
     workspace, count = configure(tmp_path / "w", "unused"), 100_000
     folder, size, per_image = Folder.at(str(workspace)), 1000, 4

@@ -61,6 +61,7 @@ def test_a_stopped_job_is_not_attached_to(head):
     assert (job.id, attached) == ("stopped-2", False)
 
 
+@pytest.mark.slow
 def test_a_job_that_succeeded_is_done_again_when_asked_again(head):
     jobs = RayJobs(head)
     jobs.attach_or_submit("done", "true")

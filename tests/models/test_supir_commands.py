@@ -132,6 +132,7 @@ def wait_for_its_folder(process, place):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_no_folder_and_the_next_one_cleans_up_after_it(here, tmp_path, started):
     process, place = started(here.sdxl_file), tmp_path / "place"
     wait_for_its_folder(process, place)

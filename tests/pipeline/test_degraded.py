@@ -183,6 +183,7 @@ class Deadly(Maker):
         return Outcome(found)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_the_image_that_killed_it_and_no_other(tmp_path):
     maker = Deadly(str(tmp_path), str(tmp_path), Settings(RECIPE))
     names = ["0", "deadly-1", "2", "deadly-3", "4", "5", "6", "7"]

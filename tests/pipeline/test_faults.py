@@ -123,6 +123,7 @@ def test_sigterm_ends_a_run_cleanly(tmp_path, large_pile, on_cluster):
     assert not (workspace / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_workspace_the_second_is_refused(tmp_path, large_pile, on_cluster):
     workspace = configure(tmp_path / "w", large_pile)
     process = start_run(workspace, on_cluster)

@@ -85,6 +85,7 @@ def test_a_row_that_hangs_is_interrupted(tmp_path, ray_here):
     assert finished(job) == ({"a-0", "a-2"}, {"a-1": "timeout"})
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_in_c_is_found_too(tmp_path, ray_here):
     job = job_of(tmp_path, a=["", "hang in C"])
     job.row_timeout_s = 1.0

@@ -107,6 +107,7 @@ def test_a_worker_that_dies_is_replaced_and_its_units_are_repeated(ray_here, tmp
     assert totals.units == 12 and totals.restarts >= 2 and len(done(tmp_path)) == 12
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_worker_is_done_in_isolation_the_third_time(ray_here, tmp_path):
     class Heavy(Noted):
         def work(self, unit, isolate):
@@ -201,6 +202,7 @@ def test_batches_are_prepared_no_further_ahead_than_asked(ray_here):
     assert len(taken) <= 4
 
 
+@pytest.mark.slow
 def test_a_row_that_crashes_its_preparation_fails_alone(ray_here):
     got = list(ahead(Prepared("b"), [[{"ref": "a"}, {"ref": "b"}, {"ref": "c"}], [{"ref": "d"}]]))
     failures = {row["ref"]: wrong["error"] for batch in got for row, wrong in batch.failures("caption")}

@@ -209,6 +209,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take(tmp_path, pile, ru
     assert sorted(workspace.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_an_optional_metric_is_computed_once_and_can_decide(tmp_path, pile, run):
     pytest.importorskip("pyiqa")
     metric = "score: {metrics: [{name: piqe, kind: pyiqa, model: piqe, device: cpu, size: 128}]}\n"

@@ -296,6 +296,7 @@ def test_every_source_row_is_counted_once(finished):
     assert sum(map(rows_of, keys)) == 10
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_with_its_exit_status(workspace, on_cluster):
     shard(workspace).unlink()
     result = clearshard("verify", workspace, check=False, env=on_cluster)

@@ -243,6 +243,7 @@ def test_a_captioner_describes_what_the_first_stage_shows(pictures, tiny_models,
     assert caption and json.loads((tmp_path / "a.jpg.json").read_text())["asked"]["prompt"] == caption
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(pictures, tiny_models, tmp_path):
     many = tmp_path / "many"
     many.mkdir()

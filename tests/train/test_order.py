@@ -181,6 +181,7 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused():
         rank_positions(0, 10, 0, 4)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_an_epoch_of_twenty_million_samples(capsys):
     rng = np.random.default_rng(0)
     sizes = {"hq": rng.integers(500, 1500, 20_000), "face": np.full(70, 1000), "negative": np.full(100, 1000)}
