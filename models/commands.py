@@ -25,6 +25,7 @@ CARD = "MODEL_CARD.md"      # written last, so a folder that has one is complete
 MADE = "Made by `clearshard models tiny`"
 NEW = "Made by `clearshard models new`"
 SAY_EVERY = 50              # steps
+STOPPED = 130               # exit status after Ctrl-C, as shells have it
 
 
 class Refused(RuntimeError):
@@ -124,7 +125,8 @@ def make(name: str, target: Path, force: bool, writer: Callable[[Path], str], ma
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(*mendable: type[Exception], stopped: str = "the same command goes on with what is missing"
+              ) -> Iterator[None]:
     """What a user can mend becomes one line and exit status 1; a stop becomes 130 and leaves no half-written folder."""
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -133,12 +135,12 @@ def stoppable() -> Iterator[None]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         yield
-    except (Refused, OSError) as error:
+    except (Refused, OSError, *mendable) as error:
         errors.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on with what is missing")
-        raise typer.Exit(130) from None
+        errors.print(f"stopped; {stopped}")
+        raise typer.Exit(STOPPED) from None
 
 
 @models.command()

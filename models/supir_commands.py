@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -13,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .commands import console, errors
+from .commands import console, stoppable
 
 if TYPE_CHECKING:
     from .supir_files import Imported
-
-STOPPED = 130
 
 
 class Precision(StrEnum):
@@ -41,18 +37,8 @@ def reported() -> Iterator[None]:
 
     from .checkpoint import CheckpointError
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
+    with stoppable(CheckpointError, SafetensorError, stopped="nothing half-made is left"):
         yield
-    except (CheckpointError, OSError, SafetensorError) as error:
-        errors.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("stopped; nothing half-made is left")
-        raise typer.Exit(STOPPED) from None
 
 
 def quiet() -> None:

@@ -24,7 +24,7 @@ from .batches import Batch, Loader
 from .checkpoint import Checkpoint, Checkpoints
 from .config import Training, changes, identity
 from .ema import RunningMean
-from .meters import Log, Meters, told
+from .meters import Log, Meters, check_wandb, told
 from .named import Named
 from .parallel import Parallel, full
 from .pieces import replace
@@ -50,6 +50,7 @@ class Trainer:
         self.config, self.ranks, self.say = config, ranks, say if ranks.first else lambda text: None
         self.micro = config.micro(ranks.count)
         config.task.check()
+        check_wandb(config.wandb)
         self.accumulation = config.batch // (ranks.count * self.micro)
         self.last_step = min(config.steps, stop_at or config.steps)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and ranks.device.type == "cuda")

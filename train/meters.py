@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,20 @@ class Log:
             self.wandb.finish()
 
 
-def start_wandb(config: Wandb, folder: Path, values: dict[str, Any]) -> Any:
-    if importlib.util.find_spec("wandb") is None:
+def check_wandb(config: Wandb | None) -> None:
+    """Raises ConfigError: it is configured, and not installed."""
+    if config is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb is configured and not installed: pip install wandb, or leave the section out")
+
+
+def start_wandb(config: Wandb, folder: Path, values: dict[str, Any]) -> Any:
+    """The run of this folder there, whose id lies beside the log: a resumed run goes on with it."""
     import wandb
+    known = folder / "wandb-id.txt"
+    if not known.is_file():
+        known.write_text(uuid.uuid4().hex, encoding="utf-8")
     return wandb.init(project=config.project, name=config.name, dir=str(folder), config=values, resume="allow",
-                      id=f"{config.name or folder.name}")
+                      id=known.read_text(encoding="utf-8"))
 
 
 def keep_until(path: Path, step: int) -> None:

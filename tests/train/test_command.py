@@ -49,6 +49,7 @@ def test_a_typo_is_answered_with_the_nearest_name(train, configured):
     ({"batch": 6, "micro_batch": 4}, "cannot be cut into micro-batches of 4"),
     ({"task": {"prior": "/nowhere"}}, "/nowhere has no unet/config.json"),
     ({"optimizer": {"rate": 0}}, "optimizer.rate"),
+    ({"wandb": {"project": "p"}}, "pip install wandb"),
     ({"parallel": "fsdp", "optimizer": {"rate": 1e-3, "kind": "adamw8bit"}}, "choose adamw or ddp"),
     ({"task": {"name": "supir.encoder", "prior": "x", "target": "pixel"}}, "task.supir.encoder.target"),
     ({"task": {"name": "supir.robust", "prior": "x"}}, "'supir.encoder'"),
