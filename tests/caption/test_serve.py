@@ -95,7 +95,7 @@ def test_the_bound_of_requests_is_kept_full_over_the_borders_of_units(tmp_path, 
         of a group before it asks on never gets the first."""
         nonlocal asked, answered
         mine, asked = asked, asked + 1
-        while answered < min(mine, 40) or server.now < 8 and mine < 40:
+        while answered < min(mine, 40) or (server.now < 8 and mine < 40):
             await asyncio.sleep(0.01)
         answered += 1
         return said("A wave of many colours on a wall.")
