@@ -68,10 +68,18 @@ def preset_of(folder: Path, name: str | None = None, changes: dict[str, Any] | N
         CheckpointError: it is no SUPIR folder.
     """
     from .presets import choose
-    own = recommended(folder).preset or PRESET
-    own = {"name": own} if isinstance(own, str) else own
-    if not isinstance(own.get("name"), str):
-        raise ConfigError(f"{folder / INDEX}: preset has no name; write one, such as {{\"name\": \"{PRESET}\", …}}")
-    figures = {key: value for key, value in own.items() if key != "name"}
-    base = choose(name, where=where) if name else choose(own["name"], figures, f"{folder / INDEX}: preset")
+    base = choose(name, where=where) if name else resolved(recommended(folder).preset or PRESET, str(folder / INDEX))
     return choose(base, changes, where)
+
+
+def resolved(preset: str | dict[str, Any], where: str) -> Preset:
+    """What is recommended, as a preset. where: from, for errors and sources.
+
+    Raises:
+        ConfigError: an unknown preset or figure, or no name.
+    """
+    from .presets import choose
+    own = {"name": preset} if isinstance(preset, str) else preset
+    if not isinstance(own.get("name"), str):
+        raise ConfigError(f"{where}: preset has no name; write one, such as {{\"name\": \"{PRESET}\", …}}")
+    return choose(own["name"], {key: value for key, value in own.items() if key != "name"}, f"{where}: preset")

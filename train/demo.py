@@ -70,16 +70,19 @@ class Start:
     rate: float
     steps: int                      # of sampling
     trained: bool = False
-    task: dict = field(default_factory=dict)
+    task: dict = field(default_factory=dict)            # keys of both tasks
+    adaptor: dict = field(default_factory=dict)         # and of the second one
 
 
 def start(models: Path) -> Start:
     """Imports here, because these load torch, and `clearshard --help` loads this file."""
     from models.supir_index import INDEX, read_index
-    from sample.model import EMBEDDED
+    from sample.model import EMBEDDED, recommended
     if (EMBEDDED / INDEX).is_file():
         prior = EMBEDDED / read_index(EMBEDDED)["prior"]
-        return Start("the small SUPIR of this program", prior, 160, 2e-5, 20, True, {"start": str(EMBEDDED)})
+        described = recommended(EMBEDDED).model_dump(exclude_none=True)
+        return Start("the small SUPIR of this program", prior, 160, 2e-5, 16, True, {"start": str(EMBEDDED)},
+                     {"described": described | {"about": "the small SUPIR of this program, trained on in its demo"}})
     return Start("a toy of random weights", models / "sdxl", 400, 1e-3, 4)
 
 
@@ -127,7 +130,8 @@ def train(root: Path, begun: Start) -> None:
     folder = root / "training"
     folder.mkdir(exist_ok=True)
     tasks = {"encoder": {"name": "supir.encoder"},
-             "adaptor": {"name": "supir.adaptor", "encoder": str(folder / "encoder"), "preview_steps": begun.steps}}
+             "adaptor": {"name": "supir.adaptor", "encoder": str(folder / "encoder"), "preview_steps": begun.steps,
+                         **begun.adaptor}}
     for name, task in tasks.items():
         task = {**task, "prior": str(begun.prior), **begun.task}
         text = RUN.format(task=json.dumps(task), corpus=json.dumps(str(root)), out=json.dumps(str(folder / name)),

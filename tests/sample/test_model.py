@@ -73,15 +73,6 @@ def test_a_model_that_recommends_nothing_gets_the_defaults(tiny_models):
     assert model.preset_of(tiny_models / "supir") == choose("quality")
 
 
-def test_the_embedded_model_is_whole_small_and_usable(picture, tmp_path):
-    if not model.EMBEDDED.is_dir():
-        pytest.skip("no model is embedded yet")
-    assert sum(path.stat().st_size for path in model.EMBEDDED.rglob("*") if path.is_file()) < 20e6
-    assert model.recommended(model.EMBEDDED).about and model.preset_of(model.EMBEDDED)
-    restore(picture, "--out", tmp_path / "out", "--steps", 2, "--short", 64, "--scale", 1)
-    assert (tmp_path / "out" / "a.png.png").is_file()
-
-
 def test_an_installation_without_a_model_says_where_one_comes_from(picture, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "EMBEDDED", tmp_path / "nothing")
     result = restore(picture, check=False)

@@ -38,7 +38,7 @@ def test_the_demo_begins_with_the_networks_of_the_program_where_it_has_some(tmp_
     monkeypatch.setattr("sample.model.EMBEDDED", tmp_path / "embedded")
     assert demo.start(tmp_path / "models").prior == tmp_path / "models" / "sdxl"
     (tmp_path / "embedded").mkdir()
-    (tmp_path / "embedded" / "supir.json").write_text(json.dumps({"format": 1, "prior": "prior"}))
+    (tmp_path / "embedded" / "supir.json").write_text(json.dumps({"format": 1, "prior": "prior", "short": 256}))
     begun = demo.start(tmp_path / "models")
     assert begun.trained and begun.prior == tmp_path / "embedded" / "prior"
-    assert begun.task == {"start": str(tmp_path / "embedded")}
+    assert begun.task == {"start": str(tmp_path / "embedded")} and begun.adaptor["described"]["short"] == 256

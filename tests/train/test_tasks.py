@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from degrade.strict import ConfigError
 from models import supir_folder
 from models.robust import RobustEncoder
 from tests.train.runs import metrics, trained, trainer
@@ -81,9 +82,21 @@ def test_the_printed_loss_collapses_and_the_default_does_not(configured, tmp_pat
 
 
 def test_weights_of_zero_are_refused(configured):
-    from degrade.strict import ConfigError
     with pytest.raises(ConfigError, match="every weight is 0"):
         trainer(configured(task={"pixel": 0.0, "latent": 0.0}))
+
+
+def test_previews_are_sampled_as_the_folder_will_recommend_and_a_typo_in_that_is_refused(configured, encoder):
+    def asked(**keys):
+        task = {"encoder": str(encoder), "preview_steps": 3, **keys}
+        return trainer(configured("supir.adaptor", task=task)).config.task
+    task = asked(described={"preset": {"name": "paper", "tau": 2.0}}, preset="fidelity")
+    assert (task.previewed().centre, task.previewed().tau, task.previewed().steps) == ("lq", 2.0, 3)
+    assert asked(preset="quality").previewed().control.high == 0.93
+    with pytest.raises(ConfigError, match=r"task\.described: preset.*tua"):
+        asked(described={"preset": {"name": "paper", "tua": 2.0}})
+    with pytest.raises(ConfigError, match=r"task\.preset: .*did you mean 'quality'"):
+        asked(preset="qualty")
 
 
 # What the prior is told.

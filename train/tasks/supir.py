@@ -17,8 +17,8 @@ from models.fingerprint import fingerprint
 from models.robust import RobustEncoder
 from models.supir import SupirAdaptor, SupirUNet
 from models.supir_index import INDEX, read_index
-from sample.model import Recommended
-from sample.presets import choose
+from sample.model import Recommended, resolved
+from sample.presets import Preset, choose
 
 from ..named import Named
 from ..objective import GRID, Losses, Objective, network, per_sample, shown, signed
@@ -143,19 +143,25 @@ class Adaptor(PriorTask):
     licence: str = Field(LICENCE, description="of the weights, as the folder states it")
     described: Recommended = Field(Recommended(), description="what the folder says of itself, and how to restore with "
                                                               "it where nothing else is said")
-    preset: str = Field("fidelity", description="of the previews")
+    preset: str = Field("fidelity", description="of the previews, where `described` recommends none")
     preview_steps: int = Field(20, ge=1, le=1000, description="of sampling of the previews")
 
     def check(self) -> None:
         super().check()
         encoder_folder(self.encoder)
-        choose(self.preset, {"steps": self.preview_steps}, "task.preset")
+        self.previewed()
         if self.start is not None:
             read_index(self.start)
         elif not isinstance(self.depth, str):
             levels = len(prior_unet(self.prior)["block_out_channels"])
             if len(self.depth) != levels:
                 raise ConfigError(f"task.depth: {self.depth} names {len(self.depth)} levels; the prior has {levels}")
+
+    def previewed(self) -> Preset:
+        """How previews are sampled."""
+        own = self.described.preset
+        preset = resolved(own, "task.described") if own else choose(self.preset, where="task.preset")
+        return choose(preset, {"steps": self.preview_steps}, "task.preview_steps")
 
     def made_from(self) -> dict[str, str]:
         return super().made_from() | {"encoder": fingerprint(encoder_folder(self.encoder))}
@@ -198,7 +204,7 @@ class AdaptorObjective(Objective):
         return epsilon_loss(predicted, inputs, self.task.noising)
 
     def preview(self, batch: Batch, draws: Named) -> dict[str, Tensor]:
-        pipeline, preset = self._pipeline(batch.hq.device), choose(self.task.preset, {"steps": self.task.preview_steps})
+        pipeline, preset = self._pipeline(batch.hq.device), self.task.previewed()
         restored, stage1 = [], []
         for number, image in enumerate(batch.lq.permute(0, 2, 3, 1).cpu().numpy()):
             made = pipeline(image, batch.texts[number], preset=preset, key=batch.keys[number], short=image.shape[0],
