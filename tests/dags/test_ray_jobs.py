@@ -50,6 +50,7 @@ def test_a_job_is_followed_line_by_line_and_a_second_caller_attaches(head):
     assert jobs.attach_or_submit("twice", "true")[0].id == "twice-2"
 
 
+@pytest.mark.slow
 def test_a_stopped_job_is_not_attached_to(head):
     jobs = RayJobs(head)
     jobs.attach_or_submit("stopped", "sleep 600")

@@ -278,6 +278,7 @@ def distances(degrade: Degrade, count: int, pairs: list, goldens: Path, measures
 NULL = 0.053
 
 
+@pytest.mark.slow
 def test_a_few_outputs_of_compat_look_like_those_of_the_reference(pairs, goldens, measures):
     count = 12
     found = distances(ours("basicsr"), count, pairs, goldens, measures)

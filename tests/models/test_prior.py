@@ -48,6 +48,7 @@ def test_an_import_over_one_file_holds_its_prior_and_can_be_moved(here, tmp_path
     assert same(net.state_dict(), want[0].state_dict()) and same(vae.state_dict(), want[1].state_dict())
 
 
+@pytest.mark.slow
 def test_at_full_size_every_published_name_of_sdxl_has_its_place(tmp_path):
     folder = configured(tmp_path / "sdxl")
     base = full_size("base")

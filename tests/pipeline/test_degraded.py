@@ -251,6 +251,7 @@ def test_a_changed_image_is_degraded_again(images, tmp_path):
     assert files(tmp_path / "lq")["a.png.png"] != before["a.png.png"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()

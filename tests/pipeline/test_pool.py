@@ -156,6 +156,7 @@ def test_gpus_that_are_not_there_are_asked_for_in_vain_and_said_so(ray_here, tmp
         Cluster().run(Noted(str(tmp_path), Replicas(None, 1.0)), units(2))
 
 
+@pytest.mark.slow
 def test_the_slowest_worker_does_not_hold_the_rest(ray_here, tmp_path):
     class Uneven(Noted):
         def work(self, unit, isolate):

@@ -74,6 +74,7 @@ def test_a_corpus_from_s3_to_s3_and_a_second_run_that_does_nothing(bucket, tmp_p
         f"s3://{name}/photos/inner {seed}/日本 {seed}.jpg" for seed in range(6)}
 
 
+@pytest.mark.slow
 def test_a_held_s3_workspace_is_refused_and_a_killed_holder_is_replaced(bucket, tmp_path):
     client, environment, name = bucket
     put_config(client, name, tmp_path, f"s3://{name}/photos")

@@ -106,6 +106,7 @@ def test_another_encoder_takes_the_place_of_the_autoencoders(vae):
         assert difference(encode(vae, pixels, encoder=other.encoder, tile=tile), expected) < CLOSE
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_tile_whatever_the_image(vae):
     held = {}
     for side in (192, 256):

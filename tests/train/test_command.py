@@ -106,6 +106,7 @@ def sdxl(tmp_path_factory, prior) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_the_real_shape_gives_the_known_figures(train, configured, sdxl, tmp_path):
     # Counted for the specification with other code: 1,298.2 million parameters; forward 2.381, backward 2.457, two
     # encodings 2.233 TFLOP at 512 pixels; 1.54 GiB of maps in bf16, 1.83 with norms in float32; 44 images a second on

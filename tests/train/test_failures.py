@@ -66,6 +66,7 @@ def test_weights_that_are_none_are_no_samples_fault(configured):
         run.fit()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_names_the_batch_and_the_remedy(configured, tmp_path):
     # From the second step on the process may not grow: as a card that is too small.
     path = tmp_path / "run.yaml"

@@ -68,6 +68,7 @@ def spread(run, count: int = 8) -> float:
     return (decoded.std(0).mean() / signed(batch.hq).std(0).mean()).item()
 
 
+@pytest.mark.slow
 def test_the_printed_loss_collapses_and_the_default_does_not(configured, tmp_path):
     # As printed both sides of the difference come from the trained encoder: an encoder that says the same of every
     # image has a loss of zero, and descent finds it. With a target that stays, it does not pay.
