@@ -81,7 +81,7 @@ def start(models: Path) -> Start:
     if (EMBEDDED / INDEX).is_file():
         prior = EMBEDDED / read_index(EMBEDDED)["prior"]
         described = recommended(EMBEDDED).model_dump(exclude_none=True)
-        return Start("the small SUPIR of this program", prior, 160, 2e-5, 16, True, {"start": str(EMBEDDED)},
+        return Start("the small SUPIR of this program", prior, 160, 1e-6, 16, True, {"start": str(EMBEDDED)},
                      {"described": described | {"about": "the small SUPIR of this program, trained on in its demo"}})
     return Start("a toy of random weights", models / "sdxl", 400, 1e-3, 4)
 
@@ -89,7 +89,7 @@ def start(models: Path) -> Start:
 def command(run: Callable[[str], None]) -> Callable[..., None]:
     """`clearshard demo`; `run` is `clearshard run`."""
     def demo(folder: Annotated[str, typer.Argument(help="Where to build it.")] = "demo") -> None:
-        """Go the whole path in about three minutes: photographs, captioned shards, training, restored pictures.
+        """Go the whole path in about four minutes: photographs, captioned shards, training, restored pictures.
 
         One page shows all of it. The training is killed on the way, and goes on.
         """
@@ -171,15 +171,15 @@ def killed(folder: Path) -> None:
 
 
 def restore(root: Path, photographs: Path, begun: Start) -> None:
-    """Two of the photographs, degraded and brought back."""
+    """Two of the photographs, degraded to half their size and brought back."""
     head("two photographs degraded and restored")
     (root / "photographs").mkdir(exist_ok=True)
     for name in RESTORED:
         shutil.copy(photographs / name, root / "photographs" / name)
-    _clearshard("degrade", root / "photographs", root / "degraded", "--recipe", "supir")
+    _clearshard("degrade", root / "photographs", root / "degraded", "--recipe", "realesrgan_x2")
     degraded = [root / "degraded" / f"{name}.png" for name in RESTORED]
     _clearshard("restore", *degraded, "--model", root / "training" / "adaptor" / "model", "--out", root / "restored",
-                "--scale", 1, "--short", 256, "--steps", begun.steps)
+                "--scale", 2, "--short", 256, "--steps", begun.steps)
 
 
 def head(text: str) -> None:
