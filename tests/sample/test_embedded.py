@@ -75,7 +75,7 @@ def test_every_part_brings_photographs_nearer_to_the_truth(photographs, tmp_path
 @pytest.mark.timeout(3600)
 def test_on_the_test_pictures_of_bsds_it_does_what_its_card_says(shared, tmp_path):
     means, differences = evaluated(tmp_path / "all", [shared / "bsds" / "test"], "--steps", 1, "--batch", 4)
-    assert differences[ROBUST, PLAIN]["mean"] >= 1 and differences[ROBUST, PLAIN]["low"] > 0.5
+    assert differences[ROBUST, PLAIN]["mean"] >= 1 and differences[ROBUST, PLAIN]["low"] > 0.75
     means, differences = evaluated(tmp_path / "some", [shared / "bsds" / "test"], "--limit", 16, "--steps", 8,
                                    *(word for tau in (1, 2, 4, 8) for word in ("--tau", tau)))
     assert differences[RESTORED, ALONE]["low"] > 0
